@@ -1,0 +1,68 @@
+"""How the rows and columns of many matrices of any sizes lie end to end in one batch of coordinates.
+
+The network acts on one coordinate at a time, so all rows and all columns of all matrices are one batch of N
+coordinates: first the rows of every group, then the columns of every group. Nothing is padded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shapes ``(..., d, p)`` of the groups, and where their coordinates lie."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Rows per group, all matrices of its batch together."""
+        return tuple(math.prod(shape[:-1]) for shape in self.shapes)
+
+    @property
+    def column_sizes(self) -> tuple[int, ...]:
+        """Columns per group, all matrices of its batch together."""
+        return tuple(math.prod(shape[:-2]) * shape[-1] for shape in self.shapes)
+
+    @property
+    def rows(self) -> int:
+        """The number of row coordinates."""
+        return sum(self.row_sizes)
+
+    @property
+    def columns(self) -> int:
+        """The number of column coordinates."""
+        return sum(self.column_sizes)
+
+    def pack(self, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+        """Join per-group ``(..., d)`` row values and ``(..., p)`` column values into one ``(N,)`` tensor."""
+        return torch.cat([value.reshape(-1) for value in (*rows, *columns)])
+
+    def unpack(self, packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Invert :meth:`pack`; leading dimensions of ``packed`` ``(..., N)`` are kept in front."""
+        parts = packed.split((*self.row_sizes, *self.column_sizes), dim=-1)
+        leading = packed.shape[:-1]
+        groups = len(self.shapes)
+        rows = [
+            part.reshape(*leading, *shape[:-1]) for part, shape in zip(parts[:groups], self.shapes, strict=True)
+        ]
+        columns = [
+            part.reshape(*leading, *shape[:-2], shape[-1])
+            for part, shape in zip(parts[groups:], self.shapes, strict=True)
+        ]
+        return rows, columns
+
+    def spread(self, per_matrix: Sequence[Tensor]) -> Tensor:
+        """Give every coordinate the value of its matrix: per-group ``(...)`` tensors to one ``(N,)`` tensor."""
+        rows = [value[..., None].expand(shape[:-1]) for value, shape in zip(per_matrix, self.shapes, strict=True)]
+        columns = [
+            value[..., None].expand(*shape[:-2], shape[-1])
+            for value, shape in zip(per_matrix, self.shapes, strict=True)
+        ]
+        return self.pack(rows, columns)

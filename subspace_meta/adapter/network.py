@@ -1,0 +1,54 @@
+"""The LSTM cell and the heads, coordinate by coordinate, with coordinates along the last dimension.
+
+Tensors are ``(features, N)``, so that every gate is one contiguous slab and the N coordinates are the fast axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def lstm_cell(weights: Mapping[str, Tensor], name: str, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Advance one LSTM layer by one step (Hochreiter and Schmidhuber 1997, with forget gate).
+
+    Args:
+        weights: holds ``name.input`` (4H, F), ``name.hidden`` (4H, H) and ``name.bias`` (4H, 1); gates in the order
+            input, forget, candidate, output.
+        name: the layer.
+        x: ``(F, N)`` features.
+        hidden, cell: ``(H, N)``.
+
+    Returns:
+        The new ``hidden`` and ``cell``.
+    """
+    gates = weights[f"{name}.input"] @ x + weights[f"{name}.hidden"] @ hidden + weights[f"{name}.bias"]
+    enter, forget, candidate, leave = gates.chunk(4, dim=0)
+    cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
+    return torch.sigmoid(leave) * torch.tanh(cell), cell
+
+
+def init_lstm(name: str, features: int, hidden: int, generator: torch.Generator | None) -> Weights:
+    """Draw the weights of one layer: uniform in +-1/sqrt(H); the forget gate starts open (bias 1)."""
+    bound = 1.0 / math.sqrt(hidden)
+
+    def uniform(*shape: int) -> Tensor:
+        return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
+
+    bias = torch.zeros(4 * hidden, 1)
+    bias[hidden : 2 * hidden] = 1.0
+    return {
+        f"{name}.input": uniform(4 * hidden, features),
+        f"{name}.hidden": uniform(4 * hidden, hidden),
+        f"{name}.bias": bias,
+    }
+
+
+def linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Return W x + b for ``name.weight`` (O, H), ``name.bias`` (O, 1) and ``x`` (H, N)."""
+    return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]

@@ -1,0 +1,253 @@
+"""Which parameter lives on which manifold, and as which matrix it is seen.
+
+A :class:`Geometry` is a frozen, hashable description made once from names and shapes. It also decides which small
+parameters of equal shape and manifold are stacked, so that an optimizer's step costs one batched operation for all of
+them (256 separate 16 x 16 matrices cost what one stack costs); optimizers work on these *groups* and never see names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from subspace_meta.manifolds import Euclidean, Manifold
+
+Params = dict[str, Tensor]
+
+# On CPU, stacking equal shapes pays 4-45 times below this many entries per matrix and nothing above: the copies into
+# and out of the stack cost as much as the saved calls.
+GROUPING_LIMIT = 32_768
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """How a parameter is seen as a matrix ``(..., d, p)``: an einops pattern and its inverse.
+
+    ``pattern`` is ``"parameter axes -> matrix axes"``; ``sizes`` gives the axes that einops cannot infer. An empty
+    pattern is the identity.
+    """
+
+    pattern: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """See a parameter as a matrix."""
+        return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Invert :meth:`to_matrix`."""
+        if not self.pattern:
+            return matrix
+        left, right = self.pattern.split("->")
+        return rearrange(matrix, f"{right} -> {left}", **dict(self.sizes))
+
+
+def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
+    """Choose the matrix view of a parameter by its number of dimensions.
+
+    0 and 1: one column. 2: the matrix itself. 3: a batch of matrices. 4 and 5: a convolution, ``out x (in * kernel)``.
+    On a constrained manifold a wide matrix is transposed, so that it is tall.
+    """
+    if len(shape) == 0:
+        return MatrixView("-> 1 1")
+    if len(shape) == 1:
+        return MatrixView("d -> d 1")
+    constrained = not isinstance(manifold, Euclidean)
+    if len(shape) <= 3:
+        wide = constrained and shape[-2] < shape[-1]
+        leading = "b " * (len(shape) - 2)
+        return MatrixView(f"{leading}p d -> {leading}d p") if wide else MatrixView()
+    if len(shape) > 5:
+        raise ValueError(f"no matrix view is known for {len(shape)} dimensions; give Rule(..., view=MatrixView(...))")
+    kernel = [f"k{axis}" for axis in range(len(shape) - 2)]
+    sizes = (("i", shape[1]), *zip(kernel, shape[2:], strict=True))
+    fan_in = f"(i {' '.join(kernel)})"
+    tall = f"{fan_in} o" if constrained and shape[0] < math.prod(shape[1:]) else f"o {fan_in}"
+    return MatrixView(f"o i {' '.join(kernel)} -> {tall}", sizes)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A manifold together with a view, where the view that the shape suggests is not the right one."""
+
+    manifold: Manifold
+    view: MatrixView | None = None
+
+
+@dataclass(frozen=True)
+class ParameterGeometry:
+    """One parameter: its name, shape, manifold, view, and the shape of its matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    manifold: Manifold
+    view: MatrixView
+    matrix_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that one batched operation handles: equal manifold and matrix shape.
+
+    ``shape`` is the shape of the group's tensor: ``(n, *matrix_shape)`` for n > 1 members, the matrix shape for one.
+    """
+
+    manifold: Manifold
+    members: tuple[ParameterGeometry, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The geometry of a dict of parameters. Make it with :meth:`from_rules`."""
+
+    parameters: tuple[ParameterGeometry, ...]
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def from_rules(
+        cls, params: Mapping[str, Tensor], rules: Mapping[str, Manifold | Rule] | None = None
+    ) -> Geometry:
+        """Assign a manifold to every parameter.
+
+        Args:
+            params: named parameters; only names and shapes are used.
+            rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts; without one the
+                parameter is Euclidean.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or a shape cannot carry its manifold.
+        """
+        rules = dict(rules or {})
+        for pattern in rules:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in params):
+                raise ValueError(f"rule {pattern!r} matches no parameter; the names are {', '.join(params) or 'none'}")
+        parameters = []
+        for name, tensor in params.items():
+            chosen = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)), Euclidean())
+            rule = chosen if isinstance(chosen, Rule) else Rule(chosen)
+            shape = tuple(tensor.shape)
+            try:
+                view = rule.view or default_view(shape, rule.manifold)
+                matrix_shape = tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)
+                rule.manifold.check_shape(matrix_shape)
+            except Exception as error:  # einops raises its own class; the user needs the parameter's name with it
+                raise ValueError(f"parameter {name!r} of shape {shape} on {rule.manifold.name}: {error}") from error
+            parameters.append(ParameterGeometry(name, shape, rule.manifold, view, matrix_shape))
+        return cls(tuple(parameters), _group(parameters))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names, in order."""
+        return tuple(parameter.name for parameter in self.parameters)
+
+    def check(self, params: Mapping[str, Tensor], what: str = "parameter") -> None:
+        """Raise ``ValueError`` unless ``params`` has exactly the names and shapes of this geometry."""
+        missing = [name for name in self.names if name not in params]
+        unknown = [name for name in params if name not in self.names]
+        if missing or unknown:
+            raise ValueError(
+                f"{what} names do not fit the geometry: missing {missing}, unknown {unknown}; "
+                f"expected {list(self.names)}"
+            )
+        for parameter in self.parameters:
+            shape = tuple(params[parameter.name].shape)
+            if shape != parameter.shape:
+                raise ValueError(f"{what} {parameter.name!r} has shape {shape}, the geometry says {parameter.shape}")
+            if not params[parameter.name].is_floating_point():
+                raise ValueError(f"{what} {parameter.name!r} has dtype {params[parameter.name].dtype}; use a real one")
+
+    def check_feasible(self, params: Mapping[str, Tensor], tolerance: float = 1e-3) -> None:
+        """Raise ``ValueError`` naming the first parameter that is off its manifold, or not finite."""
+        for name, violation in self.violation(params).items():
+            if not violation <= tolerance:
+                manifold = next(p.manifold for p in self.parameters if p.name == name)
+                raise ValueError(
+                    f"parameter {name!r} is not on {manifold.name}: constraint violation {violation:.2e} is above "
+                    f"{tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...)"
+                )
+
+    def gather(self, params: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return one tensor ``(..., d, p)`` per group."""
+        gathered = []
+        for group in self.groups:
+            matrices = [member.view.to_matrix(params[member.name]) for member in group.members]
+            gathered.append(matrices[0] if len(matrices) == 1 else torch.stack(matrices))
+        return gathered
+
+    def scatter(self, tensors: Sequence[Tensor]) -> Params:
+        """Invert :meth:`gather`."""
+        params: Params = {}
+        for group, tensor in zip(self.groups, tensors, strict=True):
+            matrices = [tensor] if len(group.members) == 1 else tensor.unbind(0)
+            for member, matrix in zip(group.members, matrices, strict=True):
+                params[member.name] = member.view.from_matrix(matrix)
+        return {name: params[name] for name in self.names}
+
+    def project(self, params: Mapping[str, Tensor]) -> Params:
+        """Return the nearest point of each manifold. Not meant to be differentiated."""
+        self.check(params)
+        tensors = [group.manifold.nearest(x) for group, x in zip(self.groups, self.gather(params), strict=True)]
+        return self.scatter(tensors)
+
+    def initialize(
+        self,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Params:
+        """Draw a random feasible start. Euclidean parameters are normal with variance 1/p, the fan-in."""
+        tensors = []
+        for group in self.groups:
+            x = group.manifold.random_point(group.shape, generator, dtype, device)
+            tensors.append(x / group.shape[-1] ** 0.5 if isinstance(group.manifold, Euclidean) else x)
+        return self.scatter(tensors)
+
+    def violation(self, params: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the largest constraint error of each parameter, computed in float64."""
+        return {
+            parameter.name: float(
+                parameter.manifold.violation(parameter.view.to_matrix(params[parameter.name].detach().double())).max()
+            )
+            for parameter in self.parameters
+        }
+
+    def summary(self) -> str:
+        """Return a table: parameter, shape, manifold, matrix, dimension."""
+        header = ("parameter", "shape", "manifold", "matrix", "dimension")
+        rows = [
+            (
+                p.name,
+                " x ".join(map(str, p.shape)) or "scalar",
+                p.manifold.name,
+                " x ".join(map(str, p.matrix_shape)),
+                f"{p.manifold.dimension(p.matrix_shape):,}",
+            )
+            for p in self.parameters
+        ]
+        total = sum(p.manifold.dimension(p.matrix_shape) for p in self.parameters)
+        rows.append((f"{len(self.parameters)} parameters in {len(self.groups)} groups", "", "", "", f"{total:,}"))
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:
+    """Stack small parameters of equal manifold and matrix shape; leave large ones alone. Order of first appearance."""
+    buckets: dict[object, list[ParameterGeometry]] = {}
+    for parameter in parameters:
+        small = math.prod(parameter.matrix_shape) < GROUPING_LIMIT
+        key = (parameter.manifold, parameter.matrix_shape) if small else parameter.name
+        buckets.setdefault(key, []).append(parameter)
+    groups = []
+    for members in buckets.values():
+        matrix_shape = members[0].matrix_shape
+        shape = matrix_shape if len(members) == 1 else (len(members), *matrix_shape)
+        groups.append(Group(members[0].manifold, tuple(members), shape))
+    return tuple(groups)

@@ -1,0 +1,63 @@
+"""R^{d x p} itself, so that unconstrained parameters go through the same optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspace_meta.manifolds.base import Manifold, euclidean_inner
+
+
+@dataclass(frozen=True)
+class Euclidean(Manifold):
+    """The flat space of matrices."""
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Accept every shape with at least two dimensions."""
+        if len(shape) < 2:
+            raise ValueError(f"Euclidean needs matrices of shape (..., d, p), got {tuple(shape)}")
+
+    def dimension(self, shape: tuple[int, ...]) -> int:
+        """Return the number of entries."""
+        return math.prod(shape)
+
+    def project(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return ``v``."""
+        return v
+
+    def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
+        """Return the gradient itself."""
+        return euclidean_gradient
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Return tr(U^T V)."""
+        return euclidean_inner(u, v)
+
+    def retract(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return X + V."""
+        return x + v
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Return ``v``: all tangent spaces are one."""
+        return v
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+    def random_point(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw independent standard normal entries."""
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    def violation(self, x: Tensor) -> Tensor:
+        """Return 0: nothing is constrained."""
+        return torch.zeros(x.shape[:-2], dtype=x.dtype, device=x.device)
