@@ -59,10 +59,14 @@ class Layout:
         return rows, columns
 
     def spread(self, per_matrix: Sequence[Tensor]) -> Tensor:
-        """Give every coordinate the value of its matrix: per-group ``(...)`` tensors to one ``(N,)`` tensor."""
-        rows = [value[..., None].expand(shape[:-1]) for value, shape in zip(per_matrix, self.shapes, strict=True)]
-        columns = [
-            value[..., None].expand(*shape[:-2], shape[-1])
-            for value, shape in zip(per_matrix, self.shapes, strict=True)
-        ]
-        return self.pack(rows, columns)
+        """Give every coordinate the value of its matrix: per-group ``(*leading, ...)`` tensors to ``(*leading, N)``.
+
+        ``...`` is the batch of the group; ``leading`` is the same for all groups.
+        """
+        rows, columns = [], []
+        for value, shape in zip(per_matrix, self.shapes, strict=True):
+            leading = value.shape[: value.ndim - len(shape) + 2]
+            value = value[..., None]
+            rows.append(value.expand(*leading, *shape[:-1]).reshape(*leading, -1))
+            columns.append(value.expand(*leading, *shape[:-2], shape[-1]).reshape(*leading, -1))
+        return torch.cat([*rows, *columns], dim=-1)

@@ -1,0 +1,197 @@
+"""The adapter of preset ``base``: from a Riemannian gradient and its momentum to a direction of chosen length.
+
+    statistics   row and column means of R*R, M*M and R*M (M: momentum), two running averages of the first
+    features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time
+    network      one LSTM over all coordinates, a head for rows and a head for columns
+    direction    D = diag(l) ((1-a) R + a M) diag(k), divided by its root mean square
+    length       each column moves by eta in (0, 1) on average: the update is -eta D / sqrt(d)
+
+l, k come from the coordinate's own output, eta and a from means of outputs over a matrix: so the map from (R, M) to D is
+equivariant to permutations of rows and of columns, unchanged by duplication, and the same weights serve every size.
+Multiplying all gradients by a constant changes nothing. Beyond arXiv 2501.15235 are the relative features, the momentum,
+the learned length and the normalisation; row/column statistics and per-coordinate scales are its idea.
+
+Cost a step: three passes over R and M for statistics and scaling, and 8 H (F + H) flops a coordinate for the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subspace_meta.adapter.features import TINY, clock, cosine, log_ratio
+from subspace_meta.adapter.layout import Layout
+from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell
+from subspace_meta.adapter.statistics import cross_means
+
+COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and M
+CONTEXT_FEATURES = 8  # momentum/fast, fast/slow, gradient/fast, fast/peak, cosine of R and M; three of time
+FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
+
+
+class BaseState(NamedTuple):
+    """State of the adapter; N coordinates, H hidden units."""
+
+    step: Tensor  # scalar
+    momentum: tuple[Tensor, ...]  # per group (..., d, p), tangent at the current point
+    fast: Tensor  # (N,) running mean of the row and column energies
+    slow: Tensor  # (N,)
+    peak: tuple[Tensor, ...]  # per group (...), largest mean energy so far
+    hidden: Tensor  # (H, N)
+    cell: Tensor  # (H, N)
+
+
+@dataclass(frozen=True)
+class BaseAdapter:
+    """Settings of the adapter; the meta-parameters are an argument of each call.
+
+    Attributes:
+        hidden: hidden units of the LSTM.
+        momentum_decay: decay of the momentum.
+        fast_decay, slow_decay: decays of the two running means of the energies.
+    """
+
+    hidden: int = 20
+    momentum_decay: float = 0.9
+    fast_decay: float = 0.9
+    slow_decay: float = 0.99
+
+    name = "base"
+
+    def init_weights(self, generator: torch.Generator | None = None) -> Weights:
+        """Draw meta-parameters that start as RASA-LR with momentum and steps of a tenth of a radian.
+
+        The heads are zero, so the network is silent at first; ``scale.skip`` gives the RASA exponents.
+        """
+        heads = {
+            f"{side}.{part}": torch.zeros(3, columns)
+            for side in ("row_head", "column_head")
+            for part, columns in (("weight", self.hidden), ("bias", 1))
+        }
+        skip = torch.zeros(2, 4)
+        skip[:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
+        length = torch.zeros(CONTEXT_FEATURES)
+        length[3] = 0.5  # shorten the step as the gradient shrinks
+        return {
+            **init_lstm("lstm", FEATURES, self.hidden, generator),
+            **heads,
+            "scale.skip": skip,
+            "length.skip": length,
+            "length.bias": torch.tensor(-2.0),
+            "mix.bias": torch.tensor(1.0),
+        }
+
+    def init(self, layout: Layout, points: Sequence[Tensor]) -> BaseState:
+        """Return the state at the start, for points of the layout's shapes."""
+        like = points[0]
+        coordinates = layout.rows + layout.columns
+        return BaseState(
+            step=like.new_zeros(()),
+            momentum=tuple(torch.zeros_like(x) for x in points),
+            fast=like.new_zeros(coordinates),
+            slow=like.new_zeros(coordinates),
+            peak=tuple(x.new_zeros(x.shape[:-2]) for x in points),
+            hidden=like.new_zeros(self.hidden, coordinates),
+            cell=like.new_zeros(self.hidden, coordinates),
+        )
+
+    def buffers(self, state: BaseState) -> tuple[Tensor, ...]:
+        """Return the tangent tensors that the optimizer has to transport, one per group."""
+        return state.momentum
+
+    def with_buffers(self, state: BaseState, buffers: Sequence[Tensor]) -> BaseState:
+        """Return the state with transported tangent tensors."""
+        return state._replace(momentum=tuple(buffers))
+
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        state: BaseState,
+        layout: Layout,
+        gradients: Sequence[Tensor],
+    ) -> tuple[list[Tensor], BaseState]:
+        """Turn Riemannian gradients into updates.
+
+        Args:
+            weights: the meta-parameters.
+            state: the state so far.
+            layout: shapes of the groups.
+            gradients: per group ``(..., d, p)``.
+
+        Returns:
+            Per group the update ``(..., d, p)`` (to be projected and retracted), and the new state.
+        """
+        step = state.step + 1
+
+        def average(decay: float, old: Tensor, new: Tensor) -> Tensor:
+            # The running mean with Adam's bias correction folded into the weight of the newest value.
+            return old + (1 - decay) / (1 - decay**step) * (new - old)
+
+        momentum = [
+            average(self.momentum_decay, m, r) for m, r in zip(state.momentum, gradients, strict=True)
+        ]
+        energy_means = [cross_means(r, r) for r in gradients]
+        momentum_means = [cross_means(m, m) for m in momentum]
+        agreement_means = [cross_means(r, m) for r, m in zip(gradients, momentum, strict=True)]
+        energy, momentum_energy, agreement = (
+            layout.pack(*zip(*means, strict=True)) for means in (energy_means, momentum_means, agreement_means)
+        )
+        fast = average(self.fast_decay, state.fast, energy)
+        slow = average(self.slow_decay, state.slow, energy)
+
+        # Means over a matrix, from its rows: (5, ...) per group.
+        packed = torch.stack([energy, fast, slow, momentum_energy, agreement])
+        matrix_means = [rows.mean(dim=-1) for rows in layout.unpack(packed)[0]]
+        peak = [torch.maximum(old, means[1]) for old, means in zip(state.peak, matrix_means, strict=True)]
+        time = clock(step)
+        context = [
+            torch.stack(
+                [
+                    log_ratio(means[3], means[1]),
+                    log_ratio(means[1], means[2]),
+                    log_ratio(means[0], means[1]),
+                    log_ratio(means[1], top),
+                    cosine(means[4], means[0], means[3]),
+                    *(time[i].expand(means.shape[1:]) for i in range(3)),
+                ],
+                dim=-1,
+            )
+            for means, top in zip(matrix_means, peak, strict=True)
+        ]
+
+        mean_energies = layout.spread([means[:4] for means in matrix_means])
+        relative = log_ratio(packed[:4], mean_energies)
+        side = torch.ones_like(energy)
+        side = torch.cat([side[: layout.rows], -side[layout.rows :]])
+        features = torch.cat(
+            [
+                relative,
+                cosine(agreement, energy, momentum_energy)[None],
+                layout.spread([c.movedim(-1, 0) for c in context]),
+                side[None],
+            ]
+        )
+        hidden, cell = lstm_cell(weights, "lstm", features, state.hidden, state.cell)
+        row_output = linear(weights, "row_head", hidden[:, : layout.rows])
+        column_output = linear(weights, "column_head", hidden[:, layout.rows :])
+        skip = weights["scale.skip"]
+        row_scale = row_output[0] + skip[0] @ relative[:, : layout.rows]
+        column_scale = column_output[0] + skip[1] @ relative[:, layout.rows :]
+        # Outputs beside the scales are pooled over each matrix: its length and its mix.
+        outputs = torch.cat([torch.cat([row_scale, column_scale])[None], torch.cat([row_output, column_output], 1)[1:]])
+        row_outputs, column_outputs = layout.unpack(outputs)
+
+        updates = []
+        for r, m, rows, columns, c in zip(gradients, momentum, row_outputs, column_outputs, context, strict=True):
+            pooled = rows[1:].mean(dim=-1) + columns[1:].mean(dim=-1)
+            length = torch.sigmoid(weights["length.bias"] + c @ weights["length.skip"] + pooled[0])
+            mix = torch.sigmoid(weights["mix.bias"] + pooled[1])[..., None, None]
+            direction = torch.exp(rows[0])[..., :, None] * (r + mix * (m - r)) * torch.exp(columns[0])[..., None, :]
+            mean_square = direction.square().mean(dim=(-2, -1), keepdim=True)
+            factor = length[..., None, None] / (mean_square + TINY).sqrt() / r.shape[-2] ** 0.5
+            updates.append(-factor * direction)
+        return updates, BaseState(step, tuple(momentum), fast, slow, tuple(peak), hidden, cell)

@@ -1,0 +1,30 @@
+"""From packed statistics to network inputs that do not depend on scale or size.
+
+Every statistic enters as the logarithm of a ratio, so multiplying the loss by a constant changes nothing, and as a mean,
+so the number of rows and columns does not matter. ``FLOOR`` bounds a ratio from below: an energy a million times smaller
+than its matrix's mean tells the network no more than that. ``TINY`` only keeps 0/0 finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6
+TINY = 1e-30
+
+
+def log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return log(sqrt(numerator / denominator)) of two energies, bounded below by log(sqrt(FLOOR))."""
+    return 0.5 * torch.log(numerator / (denominator + TINY) + FLOOR)
+
+
+def cosine(product: Tensor, energy_a: Tensor, energy_b: Tensor) -> Tensor:
+    """Return the cosine of two vectors from their mean product and mean energies; 0 where one of them vanishes."""
+    return product / ((energy_a + TINY).sqrt() * (energy_b + TINY).sqrt())
+
+
+def clock(step: Tensor) -> Tensor:
+    """Return the time features tanh(t/10 - 1), tanh(t/100 - 1), tanh(t/1000 - 1), of shape ``(3,)``."""
+    scales = torch.tensor([10.0, 100.0, 1000.0], dtype=step.dtype, device=step.device)
+    return torch.tanh(step / scales - 1.0)

@@ -1,0 +1,104 @@
+"""The adapter of preset ``paper``: the published method, as its released implementation computes it.
+
+Source: Yu, Wu, Gao, Fan, Jia, "Large-Scale Riemannian Meta-Optimization via Subspace Adaptation", arXiv 2501.15235:
+one two-layer LSTM (1 -> 20) shared by rows and columns and two linear heads, 5,242 meta-parameters. Features are
+clip(log(diag(R R^T))/10, -1, 1) and the same of R^T R, sums over the matrix, of a gradient that was first multiplied by
+a fixed step. The scales are shifted to mean 1 and their running maximum over time is taken.
+
+Known weakness, and the reason it is the baseline here: when the gradient is small all features saturate at -1, all
+coordinates look alike, and the method is gradient descent with a fixed step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subspace_meta.adapter.features import TINY
+from subspace_meta.adapter.layout import Layout
+from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell
+
+
+class PaperState(NamedTuple):
+    """State of the adapter: two LSTM layers and the running maxima of the scales; N coordinates."""
+
+    hidden: Tensor  # (2, H, N)
+    cell: Tensor  # (2, H, N)
+    maximum: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class PaperAdapter:
+    """Settings of the published adapter.
+
+    Attributes:
+        hidden: hidden units of each of the two LSTM layers.
+        step_size: the fixed factor on the gradient.
+        mean_statistics: divide the statistics by p and d, as the published ResNet-50 variant does.
+    """
+
+    hidden: int = 20
+    step_size: float = 1e-2
+    mean_statistics: bool = False
+
+    name = "paper"
+
+    def init_weights(self, generator: torch.Generator | None = None) -> Weights:
+        """Draw meta-parameters: 5,242 of them with 20 hidden units."""
+        weights = {
+            **init_lstm("lstm0", 1, self.hidden, generator),
+            **init_lstm("lstm1", self.hidden, self.hidden, generator),
+        }
+        for layer in ("lstm0", "lstm1"):
+            # The published cell has two bias vectors; the second is redundant and kept for the same count.
+            weights[f"{layer}.hidden_bias"] = torch.zeros(4 * self.hidden, 1)
+        for side in ("row_head", "column_head"):
+            weights[f"{side}.weight"] = 0.1 * torch.randn(1, self.hidden, generator=generator)
+            weights[f"{side}.bias"] = torch.zeros(1, 1)
+        return weights
+
+    def init(self, layout: Layout, points: Sequence[Tensor]) -> PaperState:
+        """Return the state at the start."""
+        coordinates = layout.rows + layout.columns
+        memory = points[0].new_zeros(2, self.hidden, coordinates)
+        return PaperState(memory, memory.clone(), points[0].new_full((coordinates,), -torch.inf))
+
+    def buffers(self, state: PaperState) -> tuple[Tensor, ...]:
+        """Return nothing: there is no momentum to transport."""
+        return ()
+
+    def with_buffers(self, state: PaperState, buffers: Sequence[Tensor]) -> PaperState:
+        """Return the state as it is."""
+        return state
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], state: PaperState, layout: Layout, gradients: Sequence[Tensor]
+    ) -> tuple[list[Tensor], PaperState]:
+        """Turn Riemannian gradients into updates; see :class:`subspace_meta.adapter.base.BaseAdapter`."""
+        scaled = [self.step_size * r for r in gradients]
+        reduce = torch.mean if self.mean_statistics else torch.sum
+        statistics = layout.pack(
+            [reduce(r.square(), dim=-1) for r in scaled], [reduce(r.square(), dim=-2) for r in scaled]
+        )
+        x = (torch.log(statistics + TINY) / 10).clamp(-1, 1)[None]
+        hidden, cell = [], []
+        for layer in range(2):
+            name = f"lstm{layer}"
+            layer_weights = {**weights, f"{name}.bias": weights[f"{name}.bias"] + weights[f"{name}.hidden_bias"]}
+            x, c = lstm_cell(layer_weights, name, x, state.hidden[layer], state.cell[layer])
+            hidden.append(x)
+            cell.append(c)
+        raw = torch.cat(
+            [linear(weights, "row_head", x[:, : layout.rows])[0], linear(weights, "column_head", x[:, layout.rows :])[0]]
+        )
+        rows, columns = layout.unpack(raw)
+        rows = [value - value.mean(dim=-1, keepdim=True) + 1 for value in rows]
+        columns = [value - value.mean(dim=-1, keepdim=True) + 1 for value in columns]
+        maximum = torch.maximum(state.maximum, layout.pack(rows, columns))
+        rows, columns = layout.unpack(maximum)
+        updates = [-l[..., :, None] * r * k[..., None, :] for l, r, k in zip(rows, scaled, columns, strict=True)]
+        return updates, PaperState(torch.stack(hidden), torch.stack(cell), maximum)

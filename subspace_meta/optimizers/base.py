@@ -1,0 +1,77 @@
+"""The contract of an optimizer, and the two steps that all of them share.
+
+An optimizer is a frozen value object: settings and a :class:`~subspace_meta.geometry.Geometry`. Its state is a pytree
+of tensors. ``update`` is pure: it changes none of its inputs, raises nothing about values, and works under
+``torch.func.grad``, ``vmap`` and ``torch.compile(fullgraph=True)``; non-finite numbers propagate through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from subspace_meta.geometry import Geometry, Params
+
+
+class Optimizer(Protocol):
+    """What every optimizer offers, hand-made or learned."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry of the parameters."""
+        ...
+
+    def init(self, params: Mapping[str, Tensor]) -> Any:
+        """Return the state at the start.
+
+        Raises:
+            ValueError: names, shapes or dtypes do not fit the geometry, or the start is not on its manifolds.
+        """
+        ...
+
+    def update(
+        self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], value: Tensor | None = None
+    ) -> tuple[Params, Any]:
+        """Take one step.
+
+        Args:
+            grads: Euclidean gradients, as ``torch.func.grad`` returns them.
+            state: the state that ``init`` or the last ``update`` returned.
+            params: the parameters at which the gradients were taken.
+            value: the loss there; optional, for safeguards.
+
+        Returns:
+            The new parameters and the new state.
+        """
+        ...
+
+
+def check_start(geometry: Geometry, params: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless ``params`` fits the geometry and lies on its manifolds.
+
+    Values are looked at only outside of ``vmap`` and tracing, where they exist.
+    """
+    geometry.check(params)
+    if torch.compiler.is_compiling() or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in params.values()):
+        return
+    geometry.check_feasible(params)
+
+
+def gather_gradients(
+    geometry: Geometry, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return, per group, the points and the Riemannian gradients there, in the points' dtype."""
+    points = geometry.gather(params)
+    gradients = [
+        group.manifold.riemannian_gradient(x, g.to(x.dtype))
+        for group, x, g in zip(geometry.groups, points, geometry.gather(grads), strict=True)
+    ]
+    return points, gradients
+
+
+def retract_all(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """Retract every group's tangent."""
+    return [g.manifold.retract(x, v) for g, x, v in zip(geometry.groups, points, tangents, strict=True)]

@@ -1,0 +1,97 @@
+"""The learned Riemannian optimizer: one small network adapts the rows and the columns of every Riemannian gradient.
+
+Source: Yu, Wu, Gao, Fan, Jia, "Large-Scale Riemannian Meta-Optimization via Subspace Adaptation", arXiv 2501.15235.
+One update: R = grad f(X); an adapter turns R into a scaled direction D; X+ = Retr_X(P_X(D)). The adapters are in
+``subspace_meta.adapter``; this file joins them with the geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_meta.adapter.base import BaseAdapter
+from subspace_meta.adapter.layout import Layout
+from subspace_meta.adapter.network import Weights
+from subspace_meta.adapter.paper import PaperAdapter
+from subspace_meta.geometry import Geometry, Params
+from subspace_meta.optimizers.base import check_start, gather_gradients, retract_all
+
+Adapter = BaseAdapter | PaperAdapter
+
+
+def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` unless ``weights`` are meta-parameters of this adapter, by names and shapes."""
+    expected = {name: tuple(value.shape) for name, value in adapter.init_weights().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    if given.keys() != expected.keys():
+        raise ValueError(
+            f"the weights are not those of preset {adapter.name!r}: missing {sorted(expected.keys() - given.keys())}, "
+            f"unknown {sorted(given.keys() - expected.keys())}"
+        )
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise ValueError(
+                f"weight {name!r} has shape {given[name]}; preset {adapter.name!r} with hidden size {adapter.hidden} "
+                f"needs {shape}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class SubspaceOptimizer:
+    """A learned optimizer with the common contract.
+
+    Attributes:
+        geometry: where the parameters live.
+        weights: the meta-parameters, a dict of tensors; ``torch.func.grad`` with respect to them works when the
+            optimizer is made inside the differentiated function.
+        adapter: the preset that the weights belong to.
+    """
+
+    geometry: Geometry
+    weights: Weights
+    adapter: Adapter = field(default_factory=BaseAdapter)
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            check_weights(self.adapter, self.weights)
+
+    @property
+    def layout(self) -> Layout:
+        """How the coordinates of all parameters are packed."""
+        return Layout(tuple(group.shape for group in self.geometry.groups))
+
+    def init(self, params: Mapping[str, Tensor]) -> Any:
+        """Return the adapter's state at the start."""
+        check_start(self.geometry, params)
+        return self.adapter.init(self.layout, self.geometry.gather(params))
+
+    def update(
+        self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], value: Tensor | None = None
+    ) -> tuple[Params, Any]:
+        """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
+        groups = self.geometry.groups
+        points, gradients = gather_gradients(self.geometry, params, grads)
+        gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]
+        buffers = self.adapter.buffers(state)
+        if buffers:
+            buffers = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
+            state = self.adapter.with_buffers(state, buffers)
+        updates, state = self.adapter(self.weights, state, self.layout, gradients)
+        tangents = [
+            g.manifold.project(x, g.manifold.from_coordinates(x, u))
+            for g, x, u in zip(groups, points, updates, strict=True)
+        ]
+        moved = retract_all(self.geometry, points, tangents)
+        buffers = self.adapter.buffers(state)
+        if buffers:
+            carried = [
+                g.manifold.transport(x, y, g.manifold.from_coordinates(x, m))
+                for g, x, y, m in zip(groups, points, moved, buffers, strict=True)
+            ]
+            state = self.adapter.with_buffers(state, carried)
+        return self.geometry.scatter(moved), state
