@@ -25,7 +25,7 @@ from torch import Tensor
 
 from subspace_meta.adapter.features import TINY, clock, cosine, log_ratio
 from subspace_meta.adapter.layout import Layout
-from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell
+from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
 from subspace_meta.adapter.statistics import cross_means
 
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and M
@@ -62,28 +62,32 @@ class BaseAdapter:
 
     name = "base"
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the meta-parameters."""
+        return {
+            **lstm_shapes("lstm", FEATURES, self.hidden),
+            "row_head.weight": (3, self.hidden),
+            "row_head.bias": (3, 1),
+            "column_head.weight": (3, self.hidden),
+            "column_head.bias": (3, 1),
+            "scale.skip": (2, 4),
+            "length.skip": (CONTEXT_FEATURES,),
+            "length.bias": (),
+            "mix.bias": (),
+        }
+
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Draw meta-parameters that start as RASA-LR with momentum and steps of a tenth of a radian.
 
         The heads are zero, so the network is silent at first; ``scale.skip`` gives the RASA exponents.
         """
-        heads = {
-            f"{side}.{part}": torch.zeros(3, columns)
-            for side in ("row_head", "column_head")
-            for part, columns in (("weight", self.hidden), ("bias", 1))
-        }
-        skip = torch.zeros(2, 4)
-        skip[:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
-        length = torch.zeros(CONTEXT_FEATURES)
-        length[3] = 0.5  # shorten the step as the gradient shrinks
-        return {
-            **init_lstm("lstm", FEATURES, self.hidden, generator),
-            **heads,
-            "scale.skip": skip,
-            "length.skip": length,
-            "length.bias": torch.tensor(-2.0),
-            "mix.bias": torch.tensor(1.0),
-        }
+        weights = {name: torch.zeros(shape) for name, shape in self.weight_shapes().items()}
+        weights.update(init_lstm("lstm", FEATURES, self.hidden, generator))
+        weights["scale.skip"][:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
+        weights["length.skip"][3] = 0.5  # shorten the step as the gradient shrinks
+        weights["length.bias"] -= 2.0
+        weights["mix.bias"] += 1.0
+        return weights
 
     def init(self, layout: Layout, points: Sequence[Tensor]) -> BaseState:
         """Return the state at the start, for points of the layout's shapes."""

@@ -33,6 +33,15 @@ def lstm_cell(weights: Mapping[str, Tensor], name: str, x: Tensor, hidden: Tenso
     return torch.sigmoid(leave) * torch.tanh(cell), cell
 
 
+def lstm_shapes(name: str, features: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the weights of one layer."""
+    return {
+        f"{name}.input": (4 * hidden, features),
+        f"{name}.hidden": (4 * hidden, hidden),
+        f"{name}.bias": (4 * hidden, 1),
+    }
+
+
 def init_lstm(name: str, features: int, hidden: int, generator: torch.Generator | None) -> Weights:
     """Draw the weights of one layer: uniform in +-1/sqrt(H); the forget gate starts open (bias 1)."""
     bound = 1.0 / math.sqrt(hidden)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subspace_meta.adapter.features import TINY
 from subspace_meta.adapter.layout import Layout
-from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell
+from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
 
 
 class PaperState(NamedTuple):
@@ -47,18 +47,27 @@ class PaperAdapter:
 
     name = "paper"
 
-    def init_weights(self, generator: torch.Generator | None = None) -> Weights:
-        """Draw meta-parameters: 5,242 of them with 20 hidden units."""
-        weights = {
-            **init_lstm("lstm0", 1, self.hidden, generator),
-            **init_lstm("lstm1", self.hidden, self.hidden, generator),
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of the meta-parameters: 5,242 numbers with 20 hidden units."""
+        # The published cell has two bias vectors; the second is redundant and kept for the same count.
+        return {
+            **lstm_shapes("lstm0", 1, self.hidden),
+            "lstm0.hidden_bias": (4 * self.hidden, 1),
+            **lstm_shapes("lstm1", self.hidden, self.hidden),
+            "lstm1.hidden_bias": (4 * self.hidden, 1),
+            "row_head.weight": (1, self.hidden),
+            "row_head.bias": (1, 1),
+            "column_head.weight": (1, self.hidden),
+            "column_head.bias": (1, 1),
         }
-        for layer in ("lstm0", "lstm1"):
-            # The published cell has two bias vectors; the second is redundant and kept for the same count.
-            weights[f"{layer}.hidden_bias"] = torch.zeros(4 * self.hidden, 1)
-        for side in ("row_head", "column_head"):
-            weights[f"{side}.weight"] = 0.1 * torch.randn(1, self.hidden, generator=generator)
-            weights[f"{side}.bias"] = torch.zeros(1, 1)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> Weights:
+        """Draw meta-parameters that start close to gradient descent with the fixed step."""
+        weights = {name: torch.zeros(shape) for name, shape in self.weight_shapes().items()}
+        weights.update(init_lstm("lstm0", 1, self.hidden, generator))
+        weights.update(init_lstm("lstm1", self.hidden, self.hidden, generator))
+        for side in ("row_head.weight", "column_head.weight"):
+            weights[side] = 0.1 * torch.randn(1, self.hidden, generator=generator)
         return weights
 
     def init(self, layout: Layout, points: Sequence[Tensor]) -> PaperState:

@@ -1,9 +1,12 @@
-"""The contract that every manifold keeps, and the two linear-algebra words that all of them use.
+"""The contract that every manifold keeps, and the few linear-algebra words that all of them use.
 
 A manifold is a frozen, hashable value object: it holds settings (its retraction, say) and no tensors. Its methods are
 pure functions of tensors whose last two dimensions are the matrix, ``(..., d, p)``; leading dimensions are a batch.
 They work under ``torch.func.grad``, ``vmap`` and ``torch.compile(fullgraph=True)``, and never look at values: no data
 dependent branch, no exception about numbers. Shapes are checked once, by :meth:`Manifold.check_shape`.
+
+Points are float32 or float64. Tangents and gradients may come in a shorter type (bfloat16): every method brings them to
+the point's type first, and answers in it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,19 @@ class Manifold(abc.ABC):
     def name(self) -> str:
         """The field's name of the manifold, as printed in tables."""
         return type(self).__name__
+
+    @property
+    def retraction_order(self) -> float:
+        """The proven order of :meth:`retract`: the largest k with dist(R_x(tv), Exp_x(tv)) = O(t^(k+1)).
+
+        ``math.inf`` for the exponential map itself.
+        """
+        return 1
+
+    @property
+    def isometric_transport(self) -> bool:
+        """Whether :meth:`transport` keeps inner products."""
+        return False
 
     @abc.abstractmethod
     def check_shape(self, shape: tuple[int, ...]) -> None:
@@ -72,10 +88,33 @@ class Manifold(abc.ABC):
     def violation(self, x: Tensor) -> Tensor:
         """Return the largest absolute constraint error of ``x``, of shape ``(...)``; 0 on the manifold."""
 
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Follow the geodesic from ``x`` with velocity ``v`` for unit time, however long that is.
+
+        Raises:
+            NotImplementedError: no closed form is known or implemented; use :meth:`retract`.
+        """
+        raise NotImplementedError(f"{self.name} has no closed exponential here; use retract")
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Invert :meth:`exp`: the shortest tangent at ``x`` that leads to ``y``.
+
+        Raises:
+            NotImplementedError: no closed form is known or implemented.
+        """
+        raise NotImplementedError(f"{self.name} has no closed logarithm here")
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the geodesic distance, of shape ``(...)``.
+
+        Raises:
+            NotImplementedError: no closed form is known or implemented.
+        """
+        raise NotImplementedError(f"{self.name} has no closed distance here")
+
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a tangent vector at ``x``: the projection of a standard normal matrix."""
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        return self.project(x, noise)
+        return self.project(x, normal_like(x, generator))
 
     def coordinates(self, x: Tensor, v: Tensor) -> Tensor:
         """Return ``v`` in coordinates in which the metric at ``x`` is Euclidean; there statistics are taken.
@@ -89,9 +128,24 @@ class Manifold(abc.ABC):
         return v
 
 
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw independent standard normal entries in the shape, type and place of ``x``."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
 def symmetric_part(a: Tensor) -> Tensor:
     """Return (A + A^T) / 2 of a ``(..., p, p)`` tensor."""
     return 0.5 * (a + a.mT)
+
+
+def skew_part(a: Tensor) -> Tensor:
+    """Return (A - A^T) / 2 of a ``(..., p, p)`` tensor."""
+    return 0.5 * (a - a.mT)
+
+
+def identity_like(a: Tensor) -> Tensor:
+    """Return the p x p identity in the type and place of a ``(..., d, p)`` tensor."""
+    return torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
 
 
 def euclidean_inner(u: Tensor, v: Tensor) -> Tensor:
@@ -99,7 +153,30 @@ def euclidean_inner(u: Tensor, v: Tensor) -> Tensor:
     return (u * v).sum(dim=(-2, -1))
 
 
+def trace(a: Tensor) -> Tensor:
+    """Return the trace of a ``(..., p, p)`` tensor, of shape ``(...)``."""
+    return torch.diagonal(a, dim1=-2, dim2=-1).sum(dim=-1)
+
+
 def gram_error(x: Tensor) -> Tensor:
     """Return the largest absolute entry of X^T X - I, of shape ``(...)``."""
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return (x.mT @ x - identity).abs().amax(dim=(-2, -1))
+    return (x.mT @ x - identity_like(x)).abs().amax(dim=(-2, -1))
+
+
+def spectral_bound(a: Tensor) -> Tensor:
+    """Bound the spectral norm of symmetric ``(..., p, p)`` matrices from above, shape ``(..., 1, 1)``.
+
+    |m| + sqrt((p-1) s^2) with the mean m and the variance s^2 of the eigenvalues, both traces (Wolkowicz and Styan,
+    "Bounds for eigenvalues using traces", 1980). It is exact for rank one and for multiples of the identity, never
+    above the Frobenius norm, and the same for A and Q^T A Q, which a bound by row sums is not: a rule that
+    shortens steps by it treats all bases of a subspace alike. O(p^2); smooth, also at A = 0.
+    """
+    p = a.shape[-1]
+    # Divided by the largest entry, squares overflow only where the matrix itself does.
+    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1.0)
+    scaled = a / largest
+    mean = (trace(scaled) / p)[..., None, None]
+    variance = (scaled - mean * identity_like(a)).square().mean(dim=(-2, -1), keepdim=True) * p
+    # The floor keeps the derivatives of the root finite when all eigenvalues are equal.
+    floor = torch.finfo(a.dtype).eps ** 2
+    return largest * (mean.abs() + ((p - 1) * variance + floor).sqrt())

@@ -13,7 +13,17 @@ from subspace_meta.manifolds.base import Manifold, euclidean_inner
 
 @dataclass(frozen=True)
 class Euclidean(Manifold):
-    """The flat space of matrices."""
+    """The flat space of matrices. Everything is in closed form and the transport is the identity."""
+
+    @property
+    def retraction_order(self) -> float:
+        """Infinite: X + V is the exponential."""
+        return math.inf
+
+    @property
+    def isometric_transport(self) -> bool:
+        """True."""
+        return True
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Accept every shape with at least two dimensions."""
@@ -26,11 +36,11 @@ class Euclidean(Manifold):
 
     def project(self, x: Tensor, v: Tensor) -> Tensor:
         """Return ``v``."""
-        return v
+        return v.to(x.dtype)
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return the gradient itself."""
-        return euclidean_gradient
+        return euclidean_gradient.to(x.dtype)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""
@@ -42,7 +52,19 @@ class Euclidean(Manifold):
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Return ``v``: all tangent spaces are one."""
-        return v
+        return v.to(x.dtype)
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return X + V."""
+        return x + v
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return Y - X."""
+        return y - x
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the Frobenius norm of Y - X."""
+        return torch.linalg.matrix_norm(y - x)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return ``x``."""

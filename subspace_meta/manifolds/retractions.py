@@ -4,67 +4,114 @@ A retraction R_x(v) = x + v + O(|v|^2) brings a tangent step back to the manifol
 dist(R_x(tv), Exp_x(tv)) = O(t^{k+1}). Meta-gradients run through it, so only formulas that are smooth at v = 0 are
 here: a polar factor by SVD or by the eigenvectors of the Gram matrix has NaN derivatives at small steps.
 
-Both retractions below work on the real Gram matrix K = (X+V)^T (X+V), which equals I + V^T V for a tangent V. Taking K
-instead of assuming that identity makes every step remove the error the last ones left. In finite precision K is only as
-good as its condition number 1 + |V|^2, so a step longer than the documented bound is *shortened* to it: the direction
-stays, and a step so long has left the region where its length meant anything. In that case alone K is
-rebuilt as s^2 K + (1 - s^2) I instead of being formed a second time.
+====================  ==========================  ====================  =========================================
+retraction            order (embedded, canonical  steps longer than     cost in flops beside the d x p additions
+                      metric, Grassmann, SO(n))
+====================  ==========================  ====================  =========================================
+CholeskyQR            1, 1, 2, 1                  10 are shortened      3dp^2 + p^3/3
+HouseholderQR         1, 1, 2, 1                  none                  4dp^2, in LAPACK's slower kernels
+PolarNewtonSchulz     2, 1, 2, 2                  2 are shortened       4dp^2 + 18p^3 (float32), 24p^3 (float64)
+Cayley                1, 2, 2, 2                  10 are shortened      14dp^2 + 2p^3/3; d = p: 7p^3
+Geodesic              exact in its metric         10 are shortened      16dp^2 and exp of 2p x 2p; d = p: of p x p
+====================  ==========================  ====================  =========================================
 
-Orders and formulas: Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", 2008, section 4.1, and
-Absil and Malick, "Projection-like retractions on matrix manifolds", SIAM J. Optim. 22 (2012).
+CholeskyQR and PolarNewtonSchulz work on the real Gram matrix K = (X+V)^T (X+V), which equals I + V^T V for a tangent V.
+Taking K instead of assuming that identity makes every step remove the error the last ones left. In finite precision K
+is only as good as its condition number 1 + |V|^2, so a step longer than the documented bound is *shortened* to it: the
+direction stays, and a step so long has left the region where its length meant anything. In that case alone K is
+rebuilt as s^2 K + (1 - s^2) I instead of being formed a second time. Cayley and Geodesic do not correct themselves:
+they end with one Newton-Schulz step, the *polish*.
+
+Orders and formulas: Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", 2008, section 4.1;
+Absil and Malick, "Projection-like retractions on matrix manifolds", SIAM J. Optim. 22 (2012); Wen and Yin, "A feasible
+method for optimization with orthogonality constraints", Math. Program. 142 (2013); Edelman, Arias, Smith, "The geometry
+of algorithms with orthogonality constraints", SIAM J. Matrix Anal. 20 (1998).
 """
 
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from subspace_meta.manifolds.base import identity_like, skew_part, spectral_bound
+
 
 class OrthonormalRetraction(abc.ABC):
-    """The contract of a retraction on {X : X^T X = I}: a frozen value object with one method."""
+    """The contract of a retraction on {X : X^T X = I}: a frozen value object with one method.
 
-    order: int
+    ``order`` is the order on Stiefel with the embedded metric; the other three are those on Stiefel with the canonical
+    metric, on Grassmann (where only the span counts), and on SO(n) and O(n). A retraction that proves nothing has 1.
+    """
+
+    order: float = 1
+    canonical_order: float = 1
+    grassmann_order: float = 1
+    rotation_order: float = 1
 
     @abc.abstractmethod
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Retract the tangent ``v`` at ``x``, both ``(..., d, p)``."""
 
 
-def _bounded_step(x: Tensor, v: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Return Y = X + sV and Y^T Y, where s <= 1 keeps the spectral norm of sV below ``max_norm``.
+def positive_qr(y: Tensor) -> Tensor:
+    """Return the orthonormal factor of ``y = QR`` by Householder reflections, with R's diagonal not negative."""
+    q, r = torch.linalg.qr(y)
+    diagonal = torch.diagonal(r, dim1=-2, dim2=-1)
+    # Not sgn(): a zero on the diagonal must not erase the column.
+    return q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)[..., None, :]
 
-    The norm is estimated from above by the largest absolute row sum of K - I = V^T V: never too small, at most
-    p^(1/4) times too large, exact when all columns move equally far in orthogonal directions.
+
+def newton_schulz_step(y: Tensor) -> Tensor:
+    """Return Y (3I - Y^T Y) / 2: an orthonormality error e becomes 3e^2/8 + O(e^3). 4dp^2 flops."""
+    return y @ (1.5 * identity_like(y) - 0.5 * (y.mT @ y))
+
+
+def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
+    """Return s^2 = min(1, max_norm^2 / squared_norm): exactly 1, with derivative 0, for steps within the bound."""
+    limit = max_norm * max_norm
+    return limit / squared_norm.clamp(min=limit)
+
+
+def _shortened(v: Tensor, max_norm: float) -> Tensor:
+    """Return ``v``, or sv with spectral norm at most ``max_norm`` where ``v`` may be longer. 2dp^2 flops."""
+    return v * _squared_scale(spectral_bound(v.mT @ v), max_norm).sqrt()
+
+
+def _bounded_step(x: Tensor, v: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Y = X + sV, Y^T Y, and a bound on |sV|^2 (``(..., 1, 1)``); s <= 1 keeps it below ``max_norm``^2.
+
+    The norm is that of K - I = V^T V bounded by :func:`~subspace_meta.manifolds.base.spectral_bound`: never too small.
     """
+    v = v.to(x.dtype)
     y = x + v
     gram = y.mT @ y
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    squared_norm = (gram - identity).abs().sum(dim=-1).amax(dim=-1)[..., None, None]
-    limit = max_norm * max_norm
-    # s^2 = limit / max(limit, |V|^2) is exactly 1 for every step within the bound.
-    scale_squared = limit / squared_norm.clamp(min=limit)
-    y = x + scale_squared.sqrt() * v
-    return y, scale_squared * gram + (1.0 - scale_squared) * identity
+    identity = identity_like(x)
+    squared_norm = spectral_bound(gram - identity)
+    squared_scale = _squared_scale(squared_norm, max_norm)
+    y = torch.addcmul(x, squared_scale.sqrt(), v)
+    return y, squared_scale * gram + (1.0 - squared_scale) * identity, squared_scale * squared_norm
 
 
 @dataclass(frozen=True)
 class CholeskyQR(OrthonormalRetraction):
     """The QR retraction (orthonormal factor, positive diagonal) through the Cholesky factor of the Gram matrix.
 
-    Order 1. Cost 4dp^2 flops, 1.4 to 2 times faster than Householder QR, smooth everywhere. Steps with spectral norm
-    above ``max_norm`` are shortened to it (see the module's text); at the bound the float32 orthonormality error is
-    about 2e-6.
+    1.4 to 2 times faster than Householder QR, smooth everywhere. Steps with spectral norm above ``max_norm`` are
+    shortened to it (see the module's text); at the bound the float32 orthonormality error is about 2e-6.
     """
 
     max_norm: float = 10.0
     order = 1
+    grassmann_order = 2
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return (X+V) L^{-T} with L L^T = (X+V)^T (X+V)."""
-        y, gram = _bounded_step(x, v, self.max_norm)
+        y, gram, _ = _bounded_step(x, v, self.max_norm)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
         factor = torch.linalg.cholesky_ex(gram).L
         # Q L^T = Y, hence L Q^T = Y^T.
@@ -72,43 +119,241 @@ class CholeskyQR(OrthonormalRetraction):
 
 
 @dataclass(frozen=True)
+class HouseholderQR(OrthonormalRetraction):
+    """The same QR retraction by LAPACK's Householder reflections: no bound on the step.
+
+    The float32 orthonormality error is below 1e-6 at every length, rank-deficient steps included. Its derivative
+    solves with R, so that is accurate to about eps (1 + |V|^2) only; where steps may be long and derivatives matter,
+    take a retraction that shortens them.
+    """
+
+    order = 1
+    grassmann_order = 2
+
+    def __call__(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the orthonormal factor of X+V."""
+        return positive_qr(x + v.to(x.dtype))
+
+
+# The polynomials q_k(r) = sum_{j<=k} binom(2j, j) (r/4)^j are the Taylor sections of (1-r)^{-1/2}. Z <- Z q_k(I - Z A Z)
+# converges to A^{-1/2} with order k+1: k = 1 is the Newton-Schulz iteration, the others are the [k/0] Pade iterations of
+# Kenney and Laub, "Rational iterative methods for the matrix sign function", SIAM J. Matrix Anal. 12 (1991), table 1;
+# Higham, "Functions of Matrices", 2008, section 6.7 and equation (5.28). Entry s: degree k = 2s (s = 0: k = 1), which
+# costs s products of p x p matrices by the scheme of Paterson and Stockmeyer, "On the number of nonscalar
+# multiplications necessary to evaluate polynomials", SIAM J. Comput. 2 (1973).
+INVERSE_ROOT_SERIES: tuple[tuple[float, ...], ...] = (
+    (1.0, 1 / 2),
+    (1.0, 1 / 2, 3 / 8),
+    (1.0, 1 / 2, 3 / 8, 5 / 16, 35 / 128),
+    (1.0, 1 / 2, 3 / 8, 5 / 16, 35 / 128, 63 / 256, 231 / 1024),
+    (1.0, 1 / 2, 3 / 8, 5 / 16, 35 / 128, 63 / 256, 231 / 1024, 429 / 2048, 6435 / 32768),
+)
+
+
+def _residual_after(coefficients: tuple[float, ...], steps: int, start: float) -> float:
+    """Return the largest of the scalar residual 1 - z^2 a and its first two derivatives after ``steps`` iterations."""
+    residual, first, second = start, 1.0, 0.0
+    for _ in range(steps):
+        q = dq = ddq = 0.0
+        for coefficient in reversed(coefficients):
+            q, dq, ddq = q * residual + coefficient, dq * residual + q, ddq * residual + 2.0 * dq
+        rest = 1.0 - residual
+        slope = q * q - 2.0 * rest * q * dq
+        curvature = 4.0 * q * dq - 2.0 * rest * (dq * dq + q * ddq)
+        residual, first, second = 1.0 - rest * q * q, slope * first, curvature * first * first + slope * second
+    return max(abs(residual), abs(first), abs(second))
+
+
+def inverse_root_plan(max_norm: float, tolerance: float) -> tuple[int, int]:
+    """Choose the row s of ``INVERSE_ROOT_SERIES`` and the number of steps n with the fewest p x p products.
+
+    For steps of spectral norm up to m the residual starts at no more than m^2 / (2 + m^2). Value, first and second
+    derivative must all come below ``tolerance``: derivatives converge later than values, and meta-gradients need them.
+    The products are s per polynomial and three per further step. Ties go to fewer steps.
+    """
+    start = max_norm**2 / (2.0 + max_norm**2)
+    plans = []
+    for row, coefficients in enumerate(INVERSE_ROOT_SERIES):
+        steps = next((n for n in range(1, 64) if _residual_after(coefficients, n, start) < tolerance), None)
+        if steps is not None:
+            plans.append((row * steps + 3 * (steps - 1), steps, row))
+    if not plans:
+        raise ValueError(f"no plan reaches {tolerance:.0e} for steps of norm {max_norm}; give a smaller max_norm")
+    _, steps, row = min(plans)
+    return row, steps
+
+
+def _polynomial(coefficients: tuple[float, ...], r: Tensor) -> Tensor:
+    """Evaluate a polynomial of degree 2s (or 1) at a p x p matrix with s (or 0) products."""
+    half = len(coefficients) // 2
+    powers = [identity_like(r), r]
+    while len(powers) <= half:
+        powers.append(powers[-1] @ r)
+    low = coefficients[0] * powers[0]
+    for coefficient, power in zip(coefficients[1:half], powers[1:], strict=False):
+        low = torch.add(low, power, alpha=coefficient)
+    high = coefficients[half] * powers[0]
+    for coefficient, power in zip(coefficients[half + 1 :], powers[1:], strict=False):
+        high = torch.add(high, power, alpha=coefficient)
+    # With two coefficients the factor of the highest power is a number.
+    return torch.add(low, r, alpha=coefficients[1]) if half == 1 and len(coefficients) == 2 else low + powers[half] @ high
+
+
+@dataclass(frozen=True)
 class PolarNewtonSchulz(OrthonormalRetraction):
     """The polar retraction (X+V) K^{-1/2}, by a coupled Newton-Schulz iteration on the small Gram matrix K.
 
-    Order 2 on Stiefel (embedded metric) and Grassmann. Only products of p x p matrices: 4dp^2 + 6 steps p^3 flops. It
-    commutes with orthogonal factors on both sides, so an update through it is equivariant to the order of the columns
-    and, on Grassmann, does not depend on the representative. Steps with spectral norm above ``max_norm`` are
-    shortened to it.
+    Only products of p x p matrices, so it is smooth everywhere. It commutes with orthogonal factors on both sides: an
+    update through it is equivariant to the order of the columns and, on Grassmann, does not depend on the
+    representative. Steps with spectral norm above ``max_norm`` are shortened to it.
 
-    The eigenvalues of K lie in [1, 1 + max_norm^2]; divided by the middle of that interval they are within
-    rho = m/(2+m), m = max_norm^2, of 1, and the iteration maps the residual r to (3 r^2 + r^3)/4 (Higham, "Functions
-    of Matrices", 2008, section 6.7). The number of steps is the least that brings rho below the precision.
+    The eigenvalues of K lie in [1, 1 + b] with a bound b of |V|^2 that is computed for each matrix; divided by the
+    middle of that interval they are within b/(2+b) of 1, where the iteration (:func:`inverse_root_plan`) converges.
+    The number of steps is that of the longest step, b = ``max_norm``^2; shorter ones only start closer.
+
+    Raises:
+        ValueError: ``max_norm`` is not positive, or so large that no plan reaches the precision.
     """
 
     max_norm: float = 2.0
     order = 2
+    grassmann_order = 2
+    rotation_order = 2
+    _single: tuple[int, int] = field(init=False, repr=False, compare=False)
+    _double: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0.0:
+            raise ValueError(f"max_norm must be positive, got {self.max_norm}")
+        object.__setattr__(self, "_single", inverse_root_plan(self.max_norm, 2.0**-22))
+        object.__setattr__(self, "_double", inverse_root_plan(self.max_norm, 2.0**-50))
+
+    def plan(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Return the row of ``INVERSE_ROOT_SERIES`` and the number of iterations for full precision in ``dtype``."""
+        return self._double if dtype == torch.float64 else self._single
 
     def steps(self, dtype: torch.dtype) -> int:
         """Return the number of iterations for full precision in ``dtype``."""
-        tolerance = torch.finfo(dtype).eps
-        residual = self.max_norm**2 / (2.0 + self.max_norm**2)
-        count = 0
-        while residual > tolerance:
-            residual = (3.0 * residual**2 + residual**3) / 4.0
-            count += 1
-        return count
+        return self.plan(dtype)[1]
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthogonal polar factor of X+V."""
-        y, gram = _bounded_step(x, v, self.max_norm)
-        middle = 1.0 + 0.5 * self.max_norm**2
-        identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        # Z -> K^{-1/2}: with A = K/middle, iterate Z <- Z (3I - Z A Z)/2 in the coupled, stable form (A_k = Z A Z).
-        a = gram / middle
-        correction = 1.5 * identity - 0.5 * a
-        z = correction
-        for _ in range(self.steps(x.dtype) - 1):
-            a = correction @ a @ correction
-            correction = 1.5 * identity - 0.5 * a
-            z = z @ correction
-        return y @ z * middle**-0.5
+        y, gram, squared_norm = _bounded_step(x, v, self.max_norm)
+        # The limit does not depend on the centre, so its derivative is left out.
+        centre = 1.0 + 0.5 * squared_norm.detach()
+        row, steps = self.plan(x.dtype)
+        coefficients = INVERSE_ROOT_SERIES[row]
+        identity = identity_like(x)
+        # Z -> A^{-1/2} with A = K/centre, in the coupled, stable form: A_n = Z_n A Z_n.
+        a = gram / centre
+        factor = _polynomial(coefficients, identity - a)
+        z = factor
+        for _ in range(steps - 1):
+            a = factor @ a @ factor
+            factor = _polynomial(coefficients, identity - a)
+            z = z @ factor
+        return y @ (z * centre.rsqrt())
+
+
+@dataclass(frozen=True)
+class Cayley(OrthonormalRetraction):
+    """The Cayley retraction (I - W/2)^{-1} (I + W/2) X, with W = N X^T - X N^T + X A X^T of V = N + XA, A = X^T V.
+
+    The usual solve is 2p x 2p (Wen and Yin 2013, lemma 4). With X^T X = I and X^T N = 0 it reduces to p x p: inserting
+    (2X + N) C - X into (I - W/2) Y = (I + W/2) X gives
+
+        Y = (2X + N) C - X,   C = (I + N^T N / 4 - A/2)^{-1},
+
+    whose matrix has a symmetric part of at least I, so the solve is safe. Steps with spectral norm above ``max_norm``
+    are shortened to it, and the result is polished. It commutes with orthogonal factors on both sides.
+    """
+
+    max_norm: float = 10.0
+    order = 1
+    canonical_order = 2
+    grassmann_order = 2
+    rotation_order = 2
+
+    def __call__(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the Cayley transform of W applied to X, polished."""
+        v = v.to(x.dtype)
+        identity = identity_like(x)
+        gram = v.mT @ v
+        squared_scale = _squared_scale(spectral_bound(gram), self.max_norm)
+        scale = squared_scale.sqrt()
+        a = scale * skew_part(x.mT @ v)
+        if x.shape[-2] == x.shape[-1]:
+            right, left = identity - 0.5 * a, 2.0 * x
+        else:
+            # N^T N = V^T V - A^T A, and 2X + N = V + X (2I - A).
+            right = identity + 0.25 * (squared_scale * gram + a @ a) - 0.5 * a
+            left = torch.addcmul(x @ (2.0 * identity - a), scale, v)
+        y: Tensor = torch.linalg.solve(right, left, left=False) - x
+        return newton_schulz_step(y)
+
+
+def embedded_geodesic(x: Tensor, v: Tensor) -> Tensor:
+    """Return the geodesic of the embedded metric at time 1 (Edelman, Arias, Smith 1998, equation 2.7), polished.
+
+    [X, V] exp([[A, -V^T V], [I, A]]) [I; 0] exp(-A) with A = X^T V; on square matrices X exp(A).
+    """
+    a = skew_part(x.mT @ v)
+    if x.shape[-2] == x.shape[-1]:
+        return newton_schulz_step(x @ torch.linalg.matrix_exp(a))
+    first = _geodesic_block(x, v, a, a)
+    return newton_schulz_step(first @ torch.linalg.matrix_exp(-a))
+
+
+def canonical_geodesic(x: Tensor, v: Tensor) -> Tensor:
+    """Return the geodesic of the canonical metric at time 1 (Edelman, Arias, Smith 1998, section 2.4), polished.
+
+    exp(W) X = [X, N] exp([[A, -N^T N], [I, 0]]) [I; 0] with A = X^T V and N = V - XA: their QR factor of N is avoided,
+    since it is not smooth at N = 0. On Grassmann A = 0 and this is the geodesic there; on square matrices X exp(A).
+    """
+    a = skew_part(x.mT @ v)
+    if x.shape[-2] == x.shape[-1]:
+        return newton_schulz_step(x @ torch.linalg.matrix_exp(a))
+    return newton_schulz_step(_geodesic_block(x, v - x @ a, a, torch.zeros_like(a)))
+
+
+def _geodesic_block(x: Tensor, n: Tensor, a: Tensor, corner: Tensor) -> Tensor:
+    """Return [X, N] exp([[A, -N^T N], [I, corner]]) [I; 0], balanced by writing N as s (N/s)."""
+    p = x.shape[-1]
+    gram = n.mT @ n
+    size = spectral_bound(gram).detach().clamp(min=1.0).sqrt()
+    top = torch.cat([a, -gram / size], dim=-1)
+    bottom = torch.cat([size * identity_like(x).expand_as(a), corner], dim=-1)
+    exponential = torch.linalg.matrix_exp(torch.cat([top, bottom], dim=-2))[..., :p]
+    return x @ exponential[..., :p, :] + n @ (exponential[..., p:, :] / size)
+
+
+@dataclass(frozen=True)
+class Geodesic(OrthonormalRetraction):
+    """The exponential map of the embedded or of the canonical metric, with steps above ``max_norm`` shortened.
+
+    On Grassmann, SO(n) and O(n) the two are the same. Several times the cost of the others; it ends with the polish.
+    """
+
+    metric: Literal["embedded", "canonical"] = "embedded"
+    max_norm: float = 10.0
+    grassmann_order = math.inf
+    rotation_order = math.inf
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("embedded", "canonical"):
+            raise ValueError(f"metric must be 'embedded' or 'canonical', got {self.metric!r}")
+
+    @property
+    def order(self) -> float:  # type: ignore[override]
+        """Infinite if this is the embedded metric's geodesic."""
+        return math.inf if self.metric == "embedded" else 1
+
+    @property
+    def canonical_order(self) -> float:  # type: ignore[override]
+        """Infinite if this is the canonical metric's geodesic."""
+        return math.inf if self.metric == "canonical" else 1
+
+    def __call__(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the geodesic's point at time 1."""
+        geodesic = embedded_geodesic if self.metric == "embedded" else canonical_geodesic
+        return geodesic(x, _shortened(v.to(x.dtype), self.max_norm))

@@ -8,7 +8,7 @@ One update: R = grad f(X); an adapter turns R into a scaled direction D; X+ = Re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ from subspace_meta.optimizers.base import check_start, gather_gradients, retract
 
 Adapter = BaseAdapter | PaperAdapter
 
+# Looked up by name instead of being a default argument: torch.compile can trace a global, not a default object.
+PRESETS: dict[str, Adapter] = {"base": BaseAdapter(), "paper": PaperAdapter()}
+
 
 def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` unless ``weights`` are meta-parameters of this adapter, by names and shapes."""
-    expected = {name: tuple(value.shape) for name, value in adapter.init_weights().items()}
+    expected = adapter.weight_shapes()
     given = {name: tuple(value.shape) for name, value in weights.items()}
     if given.keys() != expected.keys():
         raise ValueError(
@@ -49,16 +52,26 @@ class SubspaceOptimizer:
         geometry: where the parameters live.
         weights: the meta-parameters, a dict of tensors; ``torch.func.grad`` with respect to them works when the
             optimizer is made inside the differentiated function.
-        adapter: the preset that the weights belong to.
+        preset: what the weights belong to: ``"base"``, ``"paper"``, or an adapter with settings of its own.
+
+    Raises:
+        ValueError: the preset is unknown, or the weights are not its meta-parameters.
     """
 
     geometry: Geometry
     weights: Weights
-    adapter: Adapter = field(default_factory=BaseAdapter)
+    preset: str | Adapter = "base"
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
+            if isinstance(self.preset, str) and self.preset not in PRESETS:
+                raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
             check_weights(self.adapter, self.weights)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter of the preset."""
+        return PRESETS[self.preset] if isinstance(self.preset, str) else self.preset
 
     @property
     def layout(self) -> Layout:

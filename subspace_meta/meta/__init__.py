@@ -1,0 +1,1 @@
+"""Meta-training: compiled inner loops, meta-gradients, the outer loop."""

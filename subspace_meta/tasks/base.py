@@ -1,0 +1,71 @@
+"""What an optimization problem is, to a meta-trainer and to an evaluation.
+
+A :class:`Problem` says what an inner loop computes: geometry, mini-batch loss, objective. It holds no tensors and is
+hashable, so compiled inner loops are shared between all families of the same problem. A :class:`TaskFamily` draws many
+tasks of one problem at once, stacked along a leading dimension for ``vmap``; a single task is a family drawn once.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspace_meta.geometry import Geometry, Params
+
+Data = dict[str, Tensor]
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The pure functions of one task; equal problems share compiled code.
+
+    Attributes:
+        geometry: where the parameters live.
+        loss: ``(params, batch) -> scalar``; what the optimizer sees.
+        objective: ``(params, data) -> scalar``; what is measured: the loss over all data, without noise.
+        metric: ``(params, data) -> scalar``; the task's own figure of merit (accuracy, subspace error), or ``None``.
+    """
+
+    geometry: Geometry
+    loss: Callable[[Params, Batch], Tensor]
+    objective: Callable[[Params, Data], Tensor]
+    metric: Callable[[Params, Data], Tensor] | None = None
+
+
+class TaskFamily(abc.ABC):
+    """Many tasks of one problem. Subclasses are frozen dataclasses; randomness comes from the given generator."""
+
+    name: str
+    problem: Problem
+
+    @abc.abstractmethod
+    def draw(self, generator: torch.Generator, count: int) -> Data:
+        """Draw ``count`` tasks: a dict of tensors with leading dimension ``count``.
+
+        ``"reference"`` ``(count,)`` is the lowest value that the objective can take (0 if unknown and the loss is
+        positive). All other entries are what ``sample`` and ``objective`` need.
+        """
+
+    @abc.abstractmethod
+    def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
+        """Draw mini-batches: a dict of tensors with leading dimensions ``(steps, count)``."""
+
+    def init(self, data: Data, generator: torch.Generator) -> Params:
+        """Draw starting points with leading dimension ``count``: random feasible ones unless overridden."""
+        count = len(data["reference"])
+        starts = [self.problem.geometry.initialize(generator) for _ in range(count)]
+        return {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
+
+    def measured(self, data: Data) -> Data:
+        """Return the part of ``data`` that ``objective`` and ``metric`` need (not the samples)."""
+        return data
+
+
+def draw_indices(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw uniform indices below ``size``, with replacement."""
+    return torch.randint(size, shape, generator=generator)
