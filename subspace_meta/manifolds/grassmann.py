@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.manifolds.base import Manifold, euclidean_inner, gram_error
-from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz
+from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
 from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, random_orthonormal
 
 
@@ -24,6 +24,11 @@ class Grassmann(Manifold):
     """Subspaces spanned by the columns of an orthonormal matrix. Projection transport."""
 
     retraction: OrthonormalRetraction = PolarNewtonSchulz()
+
+    @property
+    def retraction_order(self) -> float:
+        """The order of the retraction's span."""
+        return self.retraction.grassmann_order
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ``ValueError`` unless d >= p."""
@@ -35,7 +40,8 @@ class Grassmann(Manifold):
         return math.prod(shape[:-2]) * p * (d - p)
 
     def project(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return V - X X^T V, the horizontal part."""
+        """Return V - X X^T V, the horizontal part. 4dp^2 flops."""
+        v = v.to(x.dtype)
         return v - x @ (x.mT @ v)
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
@@ -54,6 +60,24 @@ class Grassmann(Manifold):
         """Take the horizontal part at ``y``."""
         return self.project(y, v)
 
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Follow the geodesic: [X, V] exp([[0, -V^T V], [I, 0]]) [I; 0], without a singular value decomposition."""
+        return canonical_geodesic(x, v.to(x.dtype))
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the horizontal lift at ``x`` of the shortest geodesic to the span of ``y``.
+
+        Y is turned to the basis nearest to X, Z = YQP^T with X^T Y = P cos(T) Q^T; then log = (I - XX^T) Z P (T/sin T) P^T
+        (Edelman, Arias, Smith 1998, theorem 2.3, rewritten). Not for differentiated paths: it uses an SVD.
+        """
+        normal, left, angles = _principal_angles(x, y)
+        ratio = torch.where(angles > 0, angles / angles.sin().clamp(min=torch.finfo(x.dtype).tiny), 1.0)
+        return (normal * ratio[..., None, :]) @ left.mT
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the root of the sum of squared principal angles. Not for differentiated paths."""
+        return torch.linalg.vector_norm(_principal_angles(x, y)[-1], dim=-1)
+
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor: an orthonormal basis of the same span."""
         return nearest_orthonormal(x)
@@ -71,3 +95,14 @@ class Grassmann(Manifold):
     def violation(self, x: Tensor) -> Tensor:
         """Return the largest absolute entry of X^T X - I of the basis."""
         return gram_error(x)
+
+
+def _principal_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return N = (I - XX^T) Y Q, P and the p angles T, where X^T Y = P cos(T) Q^T and the columns of N have norm sin T.
+
+    Each angle comes from its sine and its cosine, so small ones and right ones are accurate alike.
+    """
+    left, cosines, right = torch.linalg.svd(x.mT @ y)
+    rotated = y @ right.mT
+    normal = rotated - x @ (x.mT @ rotated)
+    return normal, left, torch.atan2(torch.linalg.vector_norm(normal, dim=-2), cosines)

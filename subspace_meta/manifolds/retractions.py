@@ -185,6 +185,8 @@ def inverse_root_plan(max_norm: float, tolerance: float) -> tuple[int, int]:
 
 def _polynomial(coefficients: tuple[float, ...], r: Tensor) -> Tensor:
     """Evaluate a polynomial of degree 2s (or 1) at a p x p matrix with s (or 0) products."""
+    if len(coefficients) == 2:
+        return torch.add(coefficients[0] * identity_like(r), r, alpha=coefficients[1])
     half = len(coefficients) // 2
     powers = [identity_like(r), r]
     while len(powers) <= half:
@@ -195,8 +197,7 @@ def _polynomial(coefficients: tuple[float, ...], r: Tensor) -> Tensor:
     high = coefficients[half] * powers[0]
     for coefficient, power in zip(coefficients[half + 1 :], powers[1:], strict=False):
         high = torch.add(high, power, alpha=coefficient)
-    # With two coefficients the factor of the highest power is a number.
-    return torch.add(low, r, alpha=coefficients[1]) if half == 1 and len(coefficients) == 2 else low + powers[half] @ high
+    return low + powers[half] @ high
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,8 @@ class PolarNewtonSchulz(OrthonormalRetraction):
     def __post_init__(self) -> None:
         if not self.max_norm > 0.0:
             raise ValueError(f"max_norm must be positive, got {self.max_norm}")
-        object.__setattr__(self, "_single", inverse_root_plan(self.max_norm, 2.0**-22))
-        object.__setattr__(self, "_double", inverse_root_plan(self.max_norm, 2.0**-50))
+        for name, dtype in (("_single", torch.float32), ("_double", torch.float64)):
+            object.__setattr__(self, name, inverse_root_plan(self.max_norm, 4.0 * torch.finfo(dtype).eps))
 
     def plan(self, dtype: torch.dtype) -> tuple[int, int]:
         """Return the row of ``INVERSE_ROOT_SERIES`` and the number of iterations for full precision in ``dtype``."""

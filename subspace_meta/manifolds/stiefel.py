@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from subspace_meta.manifolds.base import Manifold, euclidean_inner, gram_error, symmetric_part
-from subspace_meta.manifolds.retractions import CholeskyQR, OrthonormalRetraction
+from subspace_meta.manifolds.retractions import (
+    CholeskyQR,
+    OrthonormalRetraction,
+    embedded_geodesic,
+    positive_qr,
+)
 
 
 def check_tall(name: str, shape: tuple[int, ...]) -> None:
@@ -24,6 +29,18 @@ def check_tall(name: str, shape: tuple[int, ...]) -> None:
             f"{name} needs tall matrices of shape (..., d, p) with d >= p >= 1, got {tuple(shape)}; "
             "a wide matrix can live there transposed"
         )
+
+
+def stiefel_dimension(shape: tuple[int, ...]) -> int:
+    """Return dp - p(p+1)/2, summed over the batch."""
+    d, p = shape[-2:]
+    return math.prod(shape[:-2]) * (d * p - p * (p + 1) // 2)
+
+
+def stiefel_projection(x: Tensor, v: Tensor) -> Tensor:
+    """Return V - X sym(X^T V), in the type of ``x``. 4dp^2 flops."""
+    v = v.to(x.dtype)
+    return v - x @ symmetric_part(x.mT @ v)
 
 
 def nearest_orthonormal(x: Tensor) -> Tensor:
@@ -39,8 +56,7 @@ def random_orthonormal(
     device: torch.device | str | None,
 ) -> Tensor:
     """Draw orthonormal columns from the uniform (Haar) distribution: QR of a normal matrix with positive diagonal."""
-    q, r = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=dtype, device=device))
-    return q * torch.diagonal(r, dim1=-2, dim2=-1).sgn()[..., None, :]
+    return positive_qr(torch.randn(shape, generator=generator, dtype=dtype, device=device))
 
 
 @dataclass(frozen=True)
@@ -49,22 +65,26 @@ class Stiefel(Manifold):
 
     retraction: OrthonormalRetraction = CholeskyQR()
 
+    @property
+    def retraction_order(self) -> float:
+        """The retraction's order in the embedded metric."""
+        return self.retraction.order
+
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ``ValueError`` unless d >= p."""
         check_tall(self.name, shape)
 
     def dimension(self, shape: tuple[int, ...]) -> int:
         """Return dp - p(p+1)/2 per matrix."""
-        d, p = shape[-2:]
-        return math.prod(shape[:-2]) * (d * p - p * (p + 1) // 2)
+        return stiefel_dimension(shape)
 
     def project(self, x: Tensor, v: Tensor) -> Tensor:
         """Return V - X sym(X^T V)."""
-        return v - x @ symmetric_part(x.mT @ v)
+        return stiefel_projection(x, v)
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - X sym(X^T G)."""
-        return self.project(x, euclidean_gradient)
+        return stiefel_projection(x, euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""
@@ -76,7 +96,11 @@ class Stiefel(Manifold):
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Project on the tangent space at ``y`` (a transport of first order, not isometric)."""
-        return self.project(y, v)
+        return stiefel_projection(y, v)
+
+    def exp(self, x: Tensor, v: Tensor) -> Tensor:
+        """Follow the geodesic of the embedded metric. No closed logarithm or distance is known."""
+        return embedded_geodesic(x, v.to(x.dtype))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""

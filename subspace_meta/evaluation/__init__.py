@@ -1,0 +1,1 @@
+"""Comparison with tuned hand-made optimizers: protocol, tables, plots."""

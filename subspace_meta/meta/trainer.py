@@ -1,0 +1,306 @@
+"""The outer loop: truncated back-propagation through inner loops of random length, on tasks drawn at random.
+
+Each *stream* keeps one set of inner loops of one family running. An outer step takes the next stream by its weight,
+advances its inner loops by one truncation segment, and moves the meta-parameters along the meta-gradient of that segment
+(Adam, cosine decay, clipped by norm). When a stream reaches its horizon (log-uniform), new tasks are drawn. So all ages
+of inner loops are mixed. Truncation: Werbos 1990; for learned optimizers Andrychowicz et al. 2016 and Metz et al. 2019.
+
+The outer loss is the mean over tasks and steps of log((f - f*)/(f_0 - f*) + floor): every decade of progress counts the
+same, whatever the scale of the problem.
+
+Everything random comes from one generator, so training is reproducible on the same machine, and a checkpoint holds all
+that is needed to go on exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from subspace_meta.adapter.network import Weights
+from subspace_meta.checkpoint import CheckpointError, load_tensors, save_tensors
+from subspace_meta.meta.unroll import Carry, InnerLoop, pull_back, run
+from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
+from subspace_meta.tasks.base import Data, TaskFamily
+
+LOSS_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """One stream of inner loops.
+
+    Attributes:
+        families: task families of one problem and batch size; each set of inner loops uses one of them, drawn at random.
+        tasks: inner loops that run side by side.
+        weight: share of outer steps, relative to the other streams.
+        compiled: compile this stream's inner loop.
+    """
+
+    families: tuple[TaskFamily, ...]
+    tasks: int = 16
+    weight: float = 1.0
+    compiled: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.families:
+            raise ValueError("a stream needs at least one task family")
+        if any(family.problem != self.families[0].problem for family in self.families):
+            names = ", ".join(family.name for family in self.families)
+            raise ValueError(f"the families of a stream must share one problem; these do not: {names}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a meta-training run.
+
+    Attributes:
+        streams: what is trained on.
+        preset: name of the optimizer preset.
+        outer_steps: number of updates of the meta-parameters.
+        segment: inner steps per truncation segment.
+        horizon: shortest and longest inner loop, in steps; drawn log-uniformly.
+        lr: outer learning rate at its peak; cosine decay to zero after a linear warm-up.
+        warmup: outer steps of warm-up.
+        clip: largest norm of the meta-gradient.
+        seed: of everything random.
+    """
+
+    streams: tuple[StreamSettings, ...]
+    preset: str = "base"
+    outer_steps: int = 400
+    segment: int = 20
+    horizon: tuple[int, int] = (40, 400)
+    lr: float = 3e-3
+    warmup: int = 10
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.horizon
+        if not 0 < self.segment <= low <= high:
+            raise ValueError(f"need 0 < segment <= shortest <= longest horizon, got {self.segment} and {self.horizon}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
+
+    def learning_rate(self, outer_step: int) -> float:
+        """Return the outer learning rate at a step counted from 0."""
+        warm = min(1.0, (outer_step + 1) / max(1, self.warmup))
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * outer_step / self.outer_steps))
+
+
+@dataclass
+class _Stream:
+    """The running inner loops of one stream."""
+
+    settings: StreamSettings
+    loop: InnerLoop
+    family: int = 0
+    horizon: int = 0
+    age: int = 0
+    data: Data | None = None
+    carry: Carry | None = None
+    initial: Tensor | None = None
+
+
+def relative_log_loss(objectives: Tensor, initial: Tensor, reference: Tensor) -> Tensor:
+    """Return log((f - f*)/(f_0 - f*) + floor); all of broadcastable shapes, ``(steps, tasks)`` and ``(tasks,)``."""
+    excess = (objectives - reference).clamp(min=0.0) / (initial - reference)
+    return torch.log(excess + LOSS_FLOOR)
+
+
+class Trainer:
+    """Meta-training that can be stopped after each outer step and resumed exactly.
+
+    Attributes:
+        settings: the run's settings.
+        theta: the meta-parameters.
+        outer_step: updates attempted so far.
+        skipped: updates that were skipped because the meta-gradient was not finite.
+    """
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        adapter = PRESETS[settings.preset]
+        self.theta: Weights = adapter.init_weights(self.generator)
+        self.first_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
+        self.second_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
+        self.outer_step = 0
+        self.updates = 0
+        self.skipped = 0
+        make = _optimizer_of(settings.preset)
+        self.streams = [
+            _Stream(stream, InnerLoop(stream.families[0].problem, make, compiled=stream.compiled))
+            for stream in settings.streams
+        ]
+
+    def _restart(self, stream: _Stream) -> None:
+        """Draw new tasks, starting points and a horizon."""
+        families = stream.settings.families
+        stream.family = int(torch.randint(len(families), (), generator=self.generator))
+        family = families[stream.family]
+        low, high = self.settings.horizon
+        drawn = low * (high / low) ** float(torch.rand((), generator=self.generator))
+        stream.horizon = self.settings.segment * max(1, round(drawn / self.settings.segment))
+        stream.age = 0
+        stream.data = family.draw(self.generator, stream.settings.tasks)
+        params = family.init(stream.data, self.generator)
+        stream.carry = stream.loop.start(self.theta, params)
+        stream.initial = stream.loop.objective(params, family.measured(stream.data))
+
+    def step(self) -> dict[str, Any]:
+        """Take one outer step and return its figures."""
+        began = time.perf_counter()
+        weights = torch.tensor([stream.settings.weight for stream in self.streams])
+        index = int(torch.multinomial(weights, 1, generator=self.generator))
+        stream = self.streams[index]
+        if stream.carry is None or stream.age >= stream.horizon:
+            self._restart(stream)
+        assert stream.carry is not None and stream.data is not None and stream.initial is not None
+        family = stream.settings.families[stream.family]
+        measured = family.measured(stream.data)
+        batches = family.sample(stream.data, self.generator, self.settings.segment)
+        trace = run(stream.loop, self.theta, stream.carry, batches, measured)
+        objectives = trace.objectives.detach().requires_grad_()
+        loss = relative_log_loss(objectives, stream.initial, stream.data["reference"]).mean()
+        (cotangents,) = torch.autograd.grad(loss, objectives)
+        gradient = pull_back(stream.loop, self.theta, trace, batches, measured, cotangents)
+        norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
+        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        stream.age += self.settings.segment
+        if finite:
+            stream.carry = trace.carry
+            self._descend(gradient, norm)
+        else:
+            # Never silently zeroed: the update is skipped and counted, and the stream starts over.
+            self.skipped += 1
+            stream.carry = None
+        figures = {
+            "outer_step": self.outer_step,
+            "family": family.name,
+            "inner_step": stream.age,
+            "horizon": stream.horizon,
+            "outer_loss": float(loss.detach()),
+            "final_log_excess": float(
+                relative_log_loss(trace.objectives[-1], stream.initial, stream.data["reference"]).mean()
+            ),
+            "gradient_norm": float(norm),
+            "learning_rate": self.settings.learning_rate(self.outer_step),
+            "skipped": self.skipped,
+            "seconds": time.perf_counter() - began,
+        }
+        self.outer_step += 1
+        return figures
+
+    def _descend(self, gradient: Weights, norm: Tensor) -> None:
+        """Move the meta-parameters by Adam (Kingma and Ba 2015) along the clipped meta-gradient."""
+        self.updates += 1
+        lr = self.settings.learning_rate(self.outer_step)
+        clip = (self.settings.clip / (norm + 1e-12)).clamp(max=1.0)
+        for name, value in gradient.items():
+            g = clip * value
+            self.first_moment[name] = 0.9 * self.first_moment[name] + 0.1 * g
+            self.second_moment[name] = 0.99 * self.second_moment[name] + 0.01 * g * g
+            first = self.first_moment[name] / (1 - 0.9**self.updates)
+            second = self.second_moment[name] / (1 - 0.99**self.updates)
+            self.theta[name] = self.theta[name] - lr * first / (second.sqrt() + 1e-8)
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Take the outer steps that are left, yielding the figures of each."""
+        while self.outer_step < self.settings.outer_steps:
+            yield self.step()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint from which :meth:`load` goes on exactly."""
+        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        for kind, group in (("theta", self.theta), ("first", self.first_moment), ("second", self.second_moment)):
+            tensors.update({f"{kind}/{name}": value for name, value in group.items()})
+        streams = []
+        for i, stream in enumerate(self.streams):
+            running = stream.carry is not None
+            streams.append(
+                {"family": stream.family, "horizon": stream.horizon, "age": stream.age, "running": running}
+            )
+            if running:
+                leaves = pytree.tree_leaves((stream.carry, stream.data, stream.initial))
+                tensors.update({f"stream{i}/{j}": leaf for j, leaf in enumerate(leaves)})
+        content = {
+            "settings": self.describe(),
+            "outer_step": self.outer_step,
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "streams": streams,
+        }
+        save_tensors(path, "training checkpoint", tensors, content)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of a run with the same settings.
+
+        Raises:
+            CheckpointError: the file cannot be used, or the settings differ.
+        """
+        tensors, content = load_tensors(path, "training checkpoint")
+        mine = json.loads(json.dumps(self.describe()))
+        if content["settings"] != mine:
+            differing = [key for key in mine if content["settings"].get(key) != mine[key]]
+            raise CheckpointError(f"{path}: was written by a run with other settings; these differ: {differing}")
+        for kind, group in (("theta", self.theta), ("first", self.first_moment), ("second", self.second_moment)):
+            for name in group:
+                group[name] = tensors[f"{kind}/{name}"]
+        for i, (stream, saved) in enumerate(zip(self.streams, content["streams"], strict=True)):
+            if not saved["running"]:
+                continue
+            # A fresh start gives the structure of the trees; its numbers are replaced.
+            self._restart(stream)
+            leaves, structure = pytree.tree_flatten((stream.carry, stream.data, stream.initial))
+            restored = [tensors[f"stream{i}/{j}"] for j in range(len(leaves))]
+            stream.carry, stream.data, stream.initial = pytree.tree_unflatten(restored, structure)
+            stream.family, stream.horizon, stream.age = saved["family"], saved["horizon"], saved["age"]
+        self.outer_step, self.updates, self.skipped = (content[k] for k in ("outer_step", "updates", "skipped"))
+        self.generator.set_state(tensors["generator"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values, families by their descriptions."""
+        settings = self.settings
+        return {
+            "preset": settings.preset,
+            "outer_steps": settings.outer_steps,
+            "segment": settings.segment,
+            "horizon": list(settings.horizon),
+            "lr": settings.lr,
+            "warmup": settings.warmup,
+            "clip": settings.clip,
+            "seed": settings.seed,
+            "streams": [
+                {"families": [_describe(family) for family in s.families], "tasks": s.tasks, "weight": s.weight}
+                for s in settings.streams
+            ],
+        }
+
+
+def _describe(family: TaskFamily) -> str:
+    """Return a description of a family that does not hold addresses of functions."""
+    fields = {name: getattr(value, "__name__", value) for name, value in vars(family).items()}
+    return f"{type(family).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
+def _optimizer_of(preset: str) -> Callable[..., SubspaceOptimizer]:
+    return _base_optimizer if preset == "base" else _paper_optimizer
+
+
+def _base_optimizer(geometry: Any, theta: Weights) -> SubspaceOptimizer:
+    return SubspaceOptimizer(geometry, theta, "base")
+
+
+def _paper_optimizer(geometry: Any, theta: Weights) -> SubspaceOptimizer:
+    return SubspaceOptimizer(geometry, theta, "paper")

@@ -1,0 +1,24 @@
+"""The meta-parameters that ship with the package, one file per preset and release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from subspace_meta.adapter.network import Weights
+from subspace_meta.checkpoint import load_weights
+
+FOLDER = Path(__file__).parent
+RELEASES = {"base": "base-1.safetensors"}
+
+
+def pretrained(preset: str = "base") -> Weights:
+    """Return the shipped meta-parameters, a dict of tensors, for ``SubspaceOptimizer(geometry, weights)``.
+
+    Each call returns new tensors, so changing them changes nothing else.
+
+    Raises:
+        ValueError: no weights ship for that preset.
+    """
+    if preset not in RELEASES:
+        raise ValueError(f"no weights ship for preset {preset!r}; there are some for {', '.join(RELEASES)}")
+    return load_weights(FOLDER / RELEASES[preset], preset)[0]
