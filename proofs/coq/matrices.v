@@ -70,8 +70,14 @@ Ltac push_product :=
 
 Ltac distribute :=
   push_transpose; push_product;
-  rewrite -?scalemxAl -?scalemxAr; push_product;
-  rewrite -?scalemxAl -?scalemxAr; push_product.
+  do 3 (rewrite -?(scalemxAl, scalemxAr); push_product).
+
+(* The same entry can carry differently written types, which the ring and     *)
+(* field tactics would take for two different letters.                        *)
+Ltac entries_to_letters :=
+  repeat match goal with
+  | |- context [fun_of_matrix ?A ?i ?j] => move: (fun_of_matrix A i j) => ?
+  end.
 
 (* Equality of two linear combinations of matrix products: products become    *)
 (* opaque letters, what is left is an identity of scalars, entry by entry.    *)
@@ -84,13 +90,7 @@ Ltac linear_combination :=
   | |- context [@scalar_mx _ ?n 1] => move: (@scalar_mx _ n 1) => ?
   end;
   let i := fresh "i" in let j := fresh "j" in
-  apply/matrixP=> i j; rewrite !mxE;
-  (* Entries become letters too: the same entry can carry differently written *)
-  (* types, which the field tactic would take for two different letters.      *)
-  repeat match goal with
-  | |- context [fun_of_matrix ?A ?i ?j] => move: (fun_of_matrix A i j) => ?
-  end;
-  by field.
+  apply/matrixP=> i j; rewrite !mxE; entries_to_letters; by field.
 
 Section Inner.
 
