@@ -121,11 +121,11 @@ class Manifold(abc.ABC):
 
         The identity for every embedded metric.
         """
-        return v
+        return v.to(x.dtype)
 
     def from_coordinates(self, x: Tensor, v: Tensor) -> Tensor:
         """Invert :meth:`coordinates`. The result need not be tangent: project it."""
-        return v
+        return v.to(x.dtype)
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -151,6 +151,11 @@ def identity_like(a: Tensor) -> Tensor:
 def euclidean_inner(u: Tensor, v: Tensor) -> Tensor:
     """Return tr(U^T V) of ``(..., d, p)`` tensors, of shape ``(...)``."""
     return (u * v).sum(dim=(-2, -1))
+
+
+def embedded_inner(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Return tr(U^T V) in the type of the point ``x``: the metric of every embedded manifold."""
+    return euclidean_inner(u.to(x.dtype), v.to(x.dtype))
 
 
 def trace(a: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, euclidean_inner
+from subspace_meta.manifolds.base import Manifold, embedded_inner
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Euclidean(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""
-        return euclidean_inner(u, v)
+        return embedded_inner(x, u, v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Return X + V."""
@@ -64,7 +64,8 @@ class Euclidean(Manifold):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Frobenius norm of Y - X."""
-        return torch.linalg.matrix_norm(y - x)
+        distance: Tensor = torch.linalg.matrix_norm(y - x)
+        return distance
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return ``x``."""

@@ -9,12 +9,12 @@ Sepulchre 2008, example 3.6.4.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, euclidean_inner, gram_error
+from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
 from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, random_orthonormal
 
@@ -23,7 +23,7 @@ from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, ran
 class Grassmann(Manifold):
     """Subspaces spanned by the columns of an orthonormal matrix. Projection transport."""
 
-    retraction: OrthonormalRetraction = PolarNewtonSchulz()
+    retraction: OrthonormalRetraction = field(default=PolarNewtonSchulz())
 
     @property
     def retraction_order(self) -> float:
@@ -50,7 +50,7 @@ class Grassmann(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V) of horizontal lifts."""
-        return euclidean_inner(u, v)
+        return embedded_inner(x, u, v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction."""
@@ -67,8 +67,8 @@ class Grassmann(Manifold):
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the horizontal lift at ``x`` of the shortest geodesic to the span of ``y``.
 
-        Y is turned to the basis nearest to X, Z = YQP^T with X^T Y = P cos(T) Q^T; then log = (I - XX^T) Z P (T/sin T) P^T
-        (Edelman, Arias, Smith 1998, theorem 2.3, rewritten). Not for differentiated paths: it uses an SVD.
+        With X^T Y = P cos(T) Q^T it is (I - XX^T) Y Q (T / sin T) P^T (Edelman, Arias, Smith 1998, theorem 2.3,
+        rewritten). Not for differentiated paths: it uses an SVD.
         """
         normal, left, angles = _principal_angles(x, y)
         ratio = torch.where(angles > 0, angles / angles.sin().clamp(min=torch.finfo(x.dtype).tiny), 1.0)
@@ -76,7 +76,8 @@ class Grassmann(Manifold):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the root of the sum of squared principal angles. Not for differentiated paths."""
-        return torch.linalg.vector_norm(_principal_angles(x, y)[-1], dim=-1)
+        distance: Tensor = torch.linalg.vector_norm(_principal_angles(x, y)[-1], dim=-1)
+        return distance
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor: an orthonormal basis of the same span."""

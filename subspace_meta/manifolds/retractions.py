@@ -63,7 +63,8 @@ def positive_qr(y: Tensor) -> Tensor:
     q, r = torch.linalg.qr(y)
     diagonal = torch.diagonal(r, dim1=-2, dim2=-1)
     # Not sgn(): a zero on the diagonal must not erase the column.
-    return q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)[..., None, :]
+    signed: Tensor = q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)[..., None, :]
+    return signed
 
 
 def newton_schulz_step(y: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ class CholeskyQR(OrthonormalRetraction):
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
         factor = torch.linalg.cholesky_ex(gram).L
         # Q L^T = Y, hence L Q^T = Y^T.
-        return torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
+        q: Tensor = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
+        return q
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,10 @@ class HouseholderQR(OrthonormalRetraction):
         return positive_qr(x + v.to(x.dtype))
 
 
-# The polynomials q_k(r) = sum_{j<=k} binom(2j, j) (r/4)^j are the Taylor sections of (1-r)^{-1/2}. Z <- Z q_k(I - Z A Z)
-# converges to A^{-1/2} with order k+1: k = 1 is the Newton-Schulz iteration, the others are the [k/0] Pade iterations of
-# Kenney and Laub, "Rational iterative methods for the matrix sign function", SIAM J. Matrix Anal. 12 (1991), table 1;
-# Higham, "Functions of Matrices", 2008, section 6.7 and equation (5.28). Entry s: degree k = 2s (s = 0: k = 1), which
+# The polynomials q_k(r) = sum_{j<=k} binom(2j, j) (r/4)^j are the Taylor sections of (1-r)^{-1/2}. The iteration
+# Z <- Z q_k(I - Z A Z) converges to A^{-1/2} with order k+1: k = 1 is Newton-Schulz, the others are the [k/0] Pade
+# iterations of Kenney and Laub, "Rational iterative methods for the matrix sign function", SIAM J. Matrix Anal. 12
+# (1991), table 1; Higham, "Functions of Matrices", 2008, section 6.7. Row s holds degree k = 2s (row 0: k = 1), which
 # costs s products of p x p matrices by the scheme of Paterson and Stockmeyer, "On the number of nonscalar
 # multiplications necessary to evaluate polynomials", SIAM J. Comput. 2 (1973).
 INVERSE_ROOT_SERIES: tuple[tuple[float, ...], ...] = (
@@ -301,8 +303,8 @@ def embedded_geodesic(x: Tensor, v: Tensor) -> Tensor:
     a = skew_part(x.mT @ v)
     if x.shape[-2] == x.shape[-1]:
         return newton_schulz_step(x @ torch.linalg.matrix_exp(a))
-    first = _geodesic_block(x, v, a, a)
-    return newton_schulz_step(first @ torch.linalg.matrix_exp(-a))
+    y: Tensor = _geodesic_block(x, v, a, a) @ torch.linalg.matrix_exp(-a)
+    return newton_schulz_step(y)
 
 
 def canonical_geodesic(x: Tensor, v: Tensor) -> Tensor:
@@ -324,7 +326,7 @@ def _geodesic_block(x: Tensor, n: Tensor, a: Tensor, corner: Tensor) -> Tensor:
     size = spectral_bound(gram).detach().clamp(min=1.0).sqrt()
     top = torch.cat([a, -gram / size], dim=-1)
     bottom = torch.cat([size * identity_like(x).expand_as(a), corner], dim=-1)
-    exponential = torch.linalg.matrix_exp(torch.cat([top, bottom], dim=-2))[..., :p]
+    exponential: Tensor = torch.linalg.matrix_exp(torch.cat([top, bottom], dim=-2))[..., :p]
     return x @ exponential[..., :p, :] + n @ (exponential[..., p:, :] / size)
 
 

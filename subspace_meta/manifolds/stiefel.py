@@ -8,12 +8,12 @@ projection, 4dp^2 for the retraction.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, euclidean_inner, gram_error, symmetric_part
+from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, symmetric_part
 from subspace_meta.manifolds.retractions import (
     CholeskyQR,
     OrthonormalRetraction,
@@ -46,7 +46,8 @@ def stiefel_projection(x: Tensor, v: Tensor) -> Tensor:
 def nearest_orthonormal(x: Tensor) -> Tensor:
     """Return the orthogonal polar factor of ``x`` by SVD: the nearest matrix with orthonormal columns."""
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return u @ vh
+    nearest: Tensor = u @ vh
+    return nearest
 
 
 def random_orthonormal(
@@ -63,7 +64,7 @@ def random_orthonormal(
 class Stiefel(Manifold):
     """Matrices with orthonormal columns, embedded metric <u, v> = tr(u^T v). Projection transport."""
 
-    retraction: OrthonormalRetraction = CholeskyQR()
+    retraction: OrthonormalRetraction = field(default=CholeskyQR())
 
     @property
     def retraction_order(self) -> float:
@@ -88,7 +89,7 @@ class Stiefel(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""
-        return euclidean_inner(u, v)
+        return embedded_inner(x, u, v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction."""
