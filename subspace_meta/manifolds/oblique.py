@@ -7,12 +7,12 @@ diagonalization on the oblique manifold for independent component analysis", ICA
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, euclidean_inner
+from subspace_meta.manifolds.base import Manifold, embedded_inner
 from subspace_meta.manifolds.sphere import (
     Normalization,
     SphereRetraction,
@@ -36,7 +36,7 @@ class Oblique(Manifold):
     A step is long or short column by column: the retraction bounds each column's step on its own.
     """
 
-    retraction: SphereRetraction = Normalization()
+    retraction: SphereRetraction = field(default=Normalization())
 
     @property
     def retraction_order(self) -> float:
@@ -67,7 +67,7 @@ class Oblique(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""
-        return euclidean_inner(u, v)
+        return embedded_inner(x, u, v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction to every column."""
@@ -87,7 +87,8 @@ class Oblique(Manifold):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the root of the sum of the squared angles between the columns."""
-        return torch.linalg.vector_norm(sphere_angle(x, y, COLUMN)[..., 0, :], dim=-1)
+        distance: Tensor = torch.linalg.vector_norm(sphere_angle(x, y, COLUMN)[..., 0, :], dim=-1)
+        return distance
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the matrix with normalised columns; a zero column goes to the first basis vector."""

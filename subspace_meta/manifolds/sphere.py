@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, euclidean_inner
+from subspace_meta.manifolds.base import Manifold, embedded_inner
 
 MATRIX = (-2, -1)
 
@@ -70,8 +70,8 @@ class Normalization(SphereRetraction):
 class SphereExponential(SphereRetraction):
     """cos|V| X + sin|V| V/|V|, normalised at the end.
 
-    Steps longer than ``max_norm`` are shortened to it. The default pi is the way to the antipode: a longer step would go
-    round, and from |V| = 1/eps on its end would be a matter of rounding.
+    Steps longer than ``max_norm`` are shortened to it. The default pi is the way to the antipode: a longer step would
+    go round, and from |V| = 1/eps on its end would be a matter of rounding.
     """
 
     max_norm: float = math.pi
@@ -130,13 +130,12 @@ def sphere_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 def nearest_unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return X / |X| along ``dim``. Zero is equally far from every point: it goes to the first basis vector."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     first = torch.zeros_like(x)
-    first[..., 0, :1 if len(dim) == 2 else None] = 1.0
-    # Dividing twice, first by the largest entry, keeps the squares of tiny and of huge entries in range.
+    first[..., 0, : (1 if -1 in dim else None)] = 1.0
+    # Dividing by the largest entry first keeps the squares of tiny and of huge entries in range.
     largest = x.abs().amax(dim=dim, keepdim=True)
-    scaled = torch.where(norm == 0, first, x / torch.where(largest == 0, 1.0, largest))
-    return scaled / torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
+    scaled = torch.where(largest == 0, first, x / torch.where(largest == 0, 1.0, largest))
+    return normalized(scaled, dim)
 
 
 def unit_error(x: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -179,7 +178,7 @@ class Sphere(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""
-        return euclidean_inner(u, v)
+        return embedded_inner(x, u, v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction."""

@@ -1,14 +1,14 @@
-"""The Stiefel manifold with the canonical metric <u, v> = tr(u^T (I - X X^T / 2) v), that of the quotient O(d)/O(d-p).
+"""The Stiefel manifold with the canonical metric <u, v> = tr(u^T (I - X X^T / 2) v), from the quotient O(d)/O(d-p).
 
-It counts the p(p-1)/2 rotations inside the span once, where the embedded metric counts them twice. Everything here costs
-O(dp^2) and no d x d matrix is ever formed. Source: Edelman, Arias, Smith 1998, section 2.4; the retraction: Wen and Yin,
-"A feasible method for optimization with orthogonality constraints", Math. Program. 142 (2013).
+It counts the p(p-1)/2 rotations inside the span once, where the embedded metric counts them twice. Everything here
+costs O(dp^2) and no d x d matrix is ever formed. Source: Edelman, Arias, Smith 1998, section 2.4; the retraction: Wen
+and Yin, "A feasible method for optimization with orthogonality constraints", Math. Program. 142 (2013).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class StiefelCanonical(Manifold):
     Statistics are taken in the coordinates (I - (1 - 1/sqrt 2) X X^T) v, in which the metric is Euclidean.
     """
 
-    retraction: OrthonormalRetraction = Cayley()
+    retraction: OrthonormalRetraction = field(default=Cayley())
 
     @property
     def retraction_order(self) -> float:
@@ -57,7 +57,8 @@ class StiefelCanonical(Manifold):
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V) - tr((X^T U)^T (X^T V)) / 2."""
-        return euclidean_inner(u, v) - 0.5 * euclidean_inner(x.mT @ u.to(x.dtype), x.mT @ v.to(x.dtype))
+        u, v = u.to(x.dtype), v.to(x.dtype)
+        return euclidean_inner(u, v) - 0.5 * euclidean_inner(x.mT @ u, x.mT @ v)
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction."""
