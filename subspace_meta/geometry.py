@@ -111,9 +111,7 @@ class Geometry:
     groups: tuple[Group, ...]
 
     @classmethod
-    def from_rules(
-        cls, params: Mapping[str, Tensor], rules: Mapping[str, Manifold | Rule] | None = None
-    ) -> Geometry:
+    def from_rules(cls, params: Mapping[str, Tensor], rules: Mapping[str, Manifold | Rule] | None = None) -> Geometry:
         """Assign a manifold to every parameter.
 
         Args:
@@ -234,7 +232,9 @@ class Geometry:
         total = sum(p.manifold.dimension(p.matrix_shape) for p in self.parameters)
         rows.append((f"{len(self.parameters)} parameters in {len(self.groups)} groups", "", "", "", f"{total:,}"))
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
+        ]
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -6,9 +6,9 @@
     direction    D = diag(l) ((1-a) R + a M) diag(k), divided by its root mean square
     length       each column moves by eta in (0, 1) on average: the update is -eta D / sqrt(d)
 
-l, k come from the coordinate's own output, eta and a from means of outputs over a matrix: so the map from (R, M) to D is
+l, k come from the coordinate's own output, eta and a from means of outputs over a matrix: so the map (R, M) -> D is
 equivariant to permutations of rows and of columns, unchanged by duplication, and the same weights serve every size.
-Multiplying all gradients by a constant changes nothing. Beyond arXiv 2501.15235 are the relative features, the momentum,
+Multiplying all gradients by a constant changes nothing. Beyond arXiv 2501.15235 are the relative features, momentum,
 the learned length and the normalisation; row/column statistics and per-coordinate scales are its idea.
 
 Cost a step: three passes over R and M for statistics and scaling, and 8 H (F + H) flops a coordinate for the network.
@@ -26,7 +26,7 @@ from torch import Tensor
 from subspace_meta.adapter.features import TINY, clock, cosine, log_ratio
 from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
-from subspace_meta.adapter.statistics import cross_means
+from subspace_meta.adapter.statistics import cross_means, matrix_mean
 
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and M
 CONTEXT_FEATURES = 8  # momentum/fast, fast/slow, gradient/fast, fast/peak, cosine of R and M; three of time
@@ -130,17 +130,16 @@ class BaseAdapter:
             Per group the update ``(..., d, p)`` (to be projected and retracted), and the new state.
         """
         step = state.step + 1
+        sizes = layout.sizes
 
         def average(decay: float, old: Tensor, new: Tensor) -> Tensor:
             # The running mean with Adam's bias correction folded into the weight of the newest value.
             return old + (1 - decay) / (1 - decay**step) * (new - old)
 
-        momentum = [
-            average(self.momentum_decay, m, r) for m, r in zip(state.momentum, gradients, strict=True)
-        ]
-        energy_means = [cross_means(r, r) for r in gradients]
-        momentum_means = [cross_means(m, m) for m in momentum]
-        agreement_means = [cross_means(r, m) for r, m in zip(gradients, momentum, strict=True)]
+        momentum = [average(self.momentum_decay, m, r) for m, r in zip(state.momentum, gradients, strict=True)]
+        energy_means = [cross_means(r, r, size) for r, size in zip(gradients, sizes, strict=True)]
+        momentum_means = [cross_means(m, m, size) for m, size in zip(momentum, sizes, strict=True)]
+        agreement_means = [cross_means(r, m, size) for r, m, size in zip(gradients, momentum, sizes, strict=True)]
         energy, momentum_energy, agreement = (
             layout.pack(*zip(*means, strict=True)) for means in (energy_means, momentum_means, agreement_means)
         )
@@ -149,7 +148,7 @@ class BaseAdapter:
 
         # Means over a matrix, from its rows: (5, ...) per group.
         packed = torch.stack([energy, fast, slow, momentum_energy, agreement])
-        matrix_means = [rows.mean(dim=-1) for rows in layout.unpack(packed)[0]]
+        matrix_means = [matrix_mean(rows, d) for rows, (d, _) in zip(layout.unpack(packed)[0], sizes, strict=True)]
         peak = [torch.maximum(old, means[1]) for old, means in zip(state.peak, matrix_means, strict=True)]
         time = clock(step)
         context = [
@@ -190,12 +189,13 @@ class BaseAdapter:
         row_outputs, column_outputs = layout.unpack(outputs)
 
         updates = []
-        for r, m, rows, columns, c in zip(gradients, momentum, row_outputs, column_outputs, context, strict=True):
-            pooled = rows[1:].mean(dim=-1) + columns[1:].mean(dim=-1)
+        groups = zip(gradients, momentum, row_outputs, column_outputs, context, sizes, strict=True)
+        for r, m, rows, columns, c, (d, p) in groups:
+            pooled = matrix_mean(rows[1:], d) + matrix_mean(columns[1:], p)
             length = torch.sigmoid(weights["length.bias"] + c @ weights["length.skip"] + pooled[0])
             mix = torch.sigmoid(weights["mix.bias"] + pooled[1])[..., None, None]
             direction = torch.exp(rows[0])[..., :, None] * (r + mix * (m - r)) * torch.exp(columns[0])[..., None, :]
-            mean_square = direction.square().mean(dim=(-2, -1), keepdim=True)
-            factor = length[..., None, None] / (mean_square + TINY).sqrt() / r.shape[-2] ** 0.5
+            mean_square = direction.square().sum(dim=(-2, -1), keepdim=True) / (d * p)
+            factor = length[..., None, None] / (mean_square + TINY).sqrt() / d**0.5
             updates.append(-factor * direction)
         return updates, BaseState(step, tuple(momentum), fast, slow, tuple(peak), hidden, cell)

@@ -1,8 +1,8 @@
 """From packed statistics to network inputs that do not depend on scale or size.
 
-Every statistic enters as the logarithm of a ratio, so multiplying the loss by a constant changes nothing, and as a mean,
-so the number of rows and columns does not matter. ``FLOOR`` bounds a ratio from below: an energy a million times smaller
-than its matrix's mean tells the network no more than that. ``TINY`` only keeps 0/0 finite.
+Every statistic enters as the logarithm of a ratio, so multiplying the loss by a constant changes nothing, and as a
+mean, so the number of rows and columns does not matter. ``FLOOR`` bounds a ratio from below: an energy a million times
+smaller than its matrix's mean tells the network no more than that. ``TINY`` only keeps 0/0 finite.
 """
 
 from __future__ import annotations

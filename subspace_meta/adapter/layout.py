@@ -16,9 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes ``(..., d, p)`` of the groups, and where their coordinates lie."""
+    """The shapes ``(..., d, p)`` of the groups, and where their coordinates lie.
+
+    Attributes:
+        shapes: of the groups' tensors.
+        padded_from: for groups whose matrices were padded with zero rows and columns, their true sizes ``(d, p)``;
+            means are then over true rows and columns only, so that padding changes nothing. Empty: nothing is padded.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
+    padded_from: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The true ``(d, p)`` of each group."""
+        return self.padded_from or tuple((shape[-2], shape[-1]) for shape in self.shapes)
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
@@ -46,12 +58,10 @@ class Layout:
 
     def unpack(self, packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Invert :meth:`pack`; leading dimensions of ``packed`` ``(..., N)`` are kept in front."""
-        parts = packed.split((*self.row_sizes, *self.column_sizes), dim=-1)
+        parts = torch.split(packed, [*self.row_sizes, *self.column_sizes], dim=-1)
         leading = packed.shape[:-1]
         groups = len(self.shapes)
-        rows = [
-            part.reshape(*leading, *shape[:-1]) for part, shape in zip(parts[:groups], self.shapes, strict=True)
-        ]
+        rows = [part.reshape(*leading, *shape[:-1]) for part, shape in zip(parts[:groups], self.shapes, strict=True)]
         columns = [
             part.reshape(*leading, *shape[:-2], shape[-1])
             for part, shape in zip(parts[groups:], self.shapes, strict=True)

@@ -14,7 +14,9 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-def lstm_cell(weights: Mapping[str, Tensor], name: str, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+def lstm_cell(
+    weights: Mapping[str, Tensor], name: str, x: Tensor, hidden: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor]:
     """Advance one LSTM layer by one step (Hochreiter and Schmidhuber 1997, with forget gate).
 
     Args:

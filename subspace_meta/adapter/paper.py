@@ -21,6 +21,7 @@ from torch import Tensor
 from subspace_meta.adapter.features import TINY
 from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
+from subspace_meta.adapter.statistics import cross_means, matrix_mean
 
 
 class PaperState(NamedTuple):
@@ -89,10 +90,12 @@ class PaperAdapter:
     ) -> tuple[list[Tensor], PaperState]:
         """Turn Riemannian gradients into updates; see :class:`subspace_meta.adapter.base.BaseAdapter`."""
         scaled = [self.step_size * r for r in gradients]
-        reduce = torch.mean if self.mean_statistics else torch.sum
-        statistics = layout.pack(
-            [reduce(r.square(), dim=-1) for r in scaled], [reduce(r.square(), dim=-2) for r in scaled]
-        )
+        rows, columns = [], []
+        for r, (d, p) in zip(scaled, layout.sizes, strict=True):
+            means = cross_means(r, r, (d, p))
+            rows.append(means[0] if self.mean_statistics else means[0] * p)
+            columns.append(means[1] if self.mean_statistics else means[1] * d)
+        statistics = layout.pack(rows, columns)
         x = (torch.log(statistics + TINY) / 10).clamp(-1, 1)[None]
         hidden, cell = [], []
         for layer in range(2):
@@ -102,12 +105,18 @@ class PaperAdapter:
             hidden.append(x)
             cell.append(c)
         raw = torch.cat(
-            [linear(weights, "row_head", x[:, : layout.rows])[0], linear(weights, "column_head", x[:, layout.rows :])[0]]
+            [
+                linear(weights, "row_head", x[:, : layout.rows])[0],
+                linear(weights, "column_head", x[:, layout.rows :])[0],
+            ]
         )
         rows, columns = layout.unpack(raw)
-        rows = [value - value.mean(dim=-1, keepdim=True) + 1 for value in rows]
-        columns = [value - value.mean(dim=-1, keepdim=True) + 1 for value in columns]
+        sizes = layout.sizes
+        rows = [v - matrix_mean(v, d)[..., None] + 1 for v, (d, _) in zip(rows, sizes, strict=True)]
+        columns = [v - matrix_mean(v, p)[..., None] + 1 for v, (_, p) in zip(columns, sizes, strict=True)]
         maximum = torch.maximum(state.maximum, layout.pack(rows, columns))
         rows, columns = layout.unpack(maximum)
-        updates = [-l[..., :, None] * r * k[..., None, :] for l, r, k in zip(rows, scaled, columns, strict=True)]
+        updates = [
+            -scale[..., :, None] * r * k[..., None, :] for scale, r, k in zip(rows, scaled, columns, strict=True)
+        ]
         return updates, PaperState(torch.stack(hidden), torch.stack(cell), maximum)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def cross_means(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def cross_means(a: Tensor, b: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """Return the row means and the column means of A * B, entry by entry.
 
     Args:
         a, b: ``(..., d, p)``.
+        size: the true ``(d, p)`` if the matrices are padded with zeros.
 
     Returns:
         ``(..., d)`` = diag(A B^T)/p and ``(..., p)`` = diag(A^T B)/d. With A = B these are the row and column
@@ -17,4 +18,10 @@ def cross_means(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         Cost: one pass over A and B.
     """
     product = a * b
-    return product.mean(dim=-1), product.mean(dim=-2)
+    d, p = size or product.shape[-2:]
+    return product.sum(dim=-1) / p, product.sum(dim=-2) / d
+
+
+def matrix_mean(values: Tensor, count: int) -> Tensor:
+    """Return the mean over the last dimension of its first ``count`` entries; the others are padding."""
+    return values[..., :count].mean(dim=-1)

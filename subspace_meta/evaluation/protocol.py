@@ -2,8 +2,8 @@
 
 A hand-made optimizer gets a grid of half-decade learning rates, all run side by side under ``vmap`` with the seeds; at
 every checkpoint it may choose its best one (lowest mean over seeds; a non-finite run counts as the worst). If the best
-rate lies at the edge of the grid, the grid is extended. The learned optimizer gets one run per seed and no learning rate.
-The measure is the log of the excess objective relative to the start, log((f - f*)/(f_0 - f*)); where f* is not known it
+rate lies at the edge of the grid, the grid is extended. The learned optimizer gets one run per seed and no rate. The
+measure is the log of the excess objective relative to the start, log((f - f*)/(f_0 - f*)); where f* is not known it
 is 0. Follows the practice of Metz et al., "VeLO", 2022, and Dahl et al., "Benchmarking neural network training
 algorithms", 2023.
 """
@@ -122,7 +122,7 @@ def evaluate_rates(
     measured = family.measured(data)
 
     def per_run(function: Callable[..., Any], over: tuple[int | None, ...]) -> Callable[..., Any]:
-        """Vmap over rates (the outer dimension, where ``over`` says so), then over seeds (all arguments but the rate)."""
+        """Vmap over rates (outer, the arguments that ``over`` names), then over seeds (all but the rate)."""
         seeds_in = tuple(None if i == 0 else 0 for i in range(len(over)))
         return torch.func.vmap(torch.func.vmap(function, in_dims=seeds_in), in_dims=over)
 

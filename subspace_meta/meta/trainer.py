@@ -1,7 +1,7 @@
 """The outer loop: truncated back-propagation through inner loops of random length, on tasks drawn at random.
 
 Each *stream* keeps one set of inner loops of one family running. An outer step takes the next stream by its weight,
-advances its inner loops by one truncation segment, and moves the meta-parameters along the meta-gradient of that segment
+advances its inner loops by one truncation segment, and moves the meta-parameters along the segment's meta-gradient
 (Adam, cosine decay, clipped by norm). When a stream reaches its horizon (log-uniform), new tasks are drawn. So all ages
 of inner loops are mixed. Truncation: Werbos 1990; for learned optimizers Andrychowicz et al. 2016 and Metz et al. 2019.
 
@@ -33,6 +33,11 @@ from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
 from subspace_meta.tasks.base import Data, TaskFamily
 
 LOSS_FLOOR = 1e-6
+MOST_SKIPPED = 20  # in a row: then something is wrong that waiting does not mend
+
+
+class TrainingError(RuntimeError):
+    """Meta-training cannot go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class StreamSettings:
     """One stream of inner loops.
 
     Attributes:
-        families: task families of one problem and batch size; each set of inner loops uses one of them, drawn at random.
+        families: task families of one problem and batch size; a set of inner loops uses one, drawn at random.
         tasks: inner loops that run side by side.
         weight: share of outer steps, relative to the other streams.
         compiled: compile this stream's inner loop.
@@ -138,6 +143,7 @@ class Trainer:
         self.outer_step = 0
         self.updates = 0
         self.skipped = 0
+        self.skipped_in_a_row = 0
         make = _optimizer_of(settings.preset)
         self.streams = [
             _Stream(stream, InnerLoop(stream.families[0].problem, make, compiled=stream.compiled))
@@ -166,7 +172,9 @@ class Trainer:
         stream = self.streams[index]
         if stream.carry is None or stream.age >= stream.horizon:
             self._restart(stream)
-        assert stream.carry is not None and stream.data is not None and stream.initial is not None
+        assert stream.carry is not None
+        assert stream.data is not None
+        assert stream.initial is not None
         family = stream.settings.families[stream.family]
         measured = family.measured(stream.data)
         batches = family.sample(stream.data, self.generator, self.settings.segment)
@@ -179,12 +187,19 @@ class Trainer:
         finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
         stream.age += self.settings.segment
         if finite:
+            self.skipped_in_a_row = 0
             stream.carry = trace.carry
             self._descend(gradient, norm)
         else:
             # Never silently zeroed: the update is skipped and counted, and the stream starts over.
             self.skipped += 1
+            self.skipped_in_a_row += 1
             stream.carry = None
+            if self.skipped_in_a_row >= MOST_SKIPPED:
+                raise TrainingError(
+                    f"{MOST_SKIPPED} meta-gradients in a row are not finite (the last from {family.name!r}); check "
+                    "that its loss and gradients are finite, or lower the outer learning rate"
+                )
         figures = {
             "outer_step": self.outer_step,
             "family": family.name,
@@ -228,9 +243,7 @@ class Trainer:
         streams = []
         for i, stream in enumerate(self.streams):
             running = stream.carry is not None
-            streams.append(
-                {"family": stream.family, "horizon": stream.horizon, "age": stream.age, "running": running}
-            )
+            streams.append({"family": stream.family, "horizon": stream.horizon, "age": stream.age, "running": running})
             if running:
                 leaves = pytree.tree_leaves((stream.carry, stream.data, stream.initial))
                 tensors.update({f"stream{i}/{j}": leaf for j, leaf in enumerate(leaves)})
@@ -239,6 +252,7 @@ class Trainer:
             "outer_step": self.outer_step,
             "updates": self.updates,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "streams": streams,
         }
         save_tensors(path, "training checkpoint", tensors, content)
@@ -266,7 +280,8 @@ class Trainer:
             restored = [tensors[f"stream{i}/{j}"] for j in range(len(leaves))]
             stream.carry, stream.data, stream.initial = pytree.tree_unflatten(restored, structure)
             stream.family, stream.horizon, stream.age = saved["family"], saved["horizon"], saved["age"]
-        self.outer_step, self.updates, self.skipped = (content[k] for k in ("outer_step", "updates", "skipped"))
+        for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row"):
+            setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
 
     def describe(self) -> dict[str, Any]:
@@ -282,7 +297,12 @@ class Trainer:
             "clip": settings.clip,
             "seed": settings.seed,
             "streams": [
-                {"families": [_describe(family) for family in s.families], "tasks": s.tasks, "weight": s.weight}
+                {
+                    "families": [_describe(family) for family in s.families],
+                    "tasks": s.tasks,
+                    "weight": s.weight,
+                    "compiled": s.compiled,
+                }
                 for s in settings.streams
             ],
         }

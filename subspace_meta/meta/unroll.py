@@ -97,8 +97,8 @@ def _blocks(loop: InnerLoop) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def backward(
         theta: Weights, carry: Carry, batches: Batch, data: Data, cotangents: tuple[Carry, Tensor]
     ) -> tuple[Weights, Carry]:
-        _, pullback = torch.func.vjp(lambda t, c: forward(t, c, batches, data), theta, carry)
-        return pullback(cotangents)  # type: ignore[no-any-return]
+        pullback: Any = torch.func.vjp(lambda t, c: forward(t, c, batches, data), theta, carry)[1]
+        return pullback(cotangents)
 
     if not loop.compiled:
         return forward, backward

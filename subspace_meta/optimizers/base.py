@@ -55,7 +55,9 @@ def check_start(geometry: Geometry, params: Mapping[str, Tensor]) -> None:
     Values are looked at only outside of ``vmap`` and tracing, where they exist.
     """
     geometry.check(params)
-    if torch.compiler.is_compiling() or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in params.values()):
+    if torch.compiler.is_compiling() or any(
+        torch._C._functorch.is_functorch_wrapped_tensor(x) for x in params.values()
+    ):
         return
     geometry.check_feasible(params)
 

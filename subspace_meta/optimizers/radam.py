@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_start, gather_gradients, retract_all
+from subspace_meta.optimizers.base import check_start, gather_gradients
 
 
 class RAdamState(NamedTuple):

@@ -92,8 +92,8 @@ class SubspaceOptimizer:
         gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]
         buffers = self.adapter.buffers(state)
         if buffers:
-            buffers = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
-            state = self.adapter.with_buffers(state, buffers)
+            seen = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
+            state = self.adapter.with_buffers(state, seen)
         updates, state = self.adapter(self.weights, state, self.layout, gradients)
         tangents = [
             g.manifold.project(x, g.manifold.from_coordinates(x, u))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +38,11 @@ def _patches(images: np.ndarray, stride: int) -> Tensor:
 def face_patches() -> Tensor:
     """Return 8 x 8 patches of 100 faces, ``(n, 64)``, centred, unit variance. Training partition."""
     try:
-        from skimage.data import lfw_subset
+        import skimage.data
     except ImportError as error:
         raise _needs("scikit-image") from error
-    return _patches(lfw_subset()[:100], stride=3)
+    faces: Any = skimage.data.lfw_subset
+    return _patches(faces()[:100], stride=3)
 
 
 def _texture(name: str) -> Tensor:

@@ -1,0 +1,355 @@
+"""The command line: ``subspace-meta train | evaluate | weights``.
+
+Errors of the user are one line on stderr and exit code 2. Files are written atomically, so an error or Ctrl-C leaves
+nothing half-written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from subspace_meta._version import __version__
+from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights, write_atomically
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+except ImportError as error:  # the library itself does not need them
+    raise SystemExit(f"subspace-meta: {error}; install the extra: pip install 'subspace-meta[train]'") from error
+
+from subspace_meta.adapter import features
+from subspace_meta.evaluation.plots import plot_curves, plot_training
+from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
+from subspace_meta.meta.trainer import Trainer, TrainingError
+from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
+from subspace_meta.presets import RUN_PRESETS, RunPreset
+from subspace_meta.weights import FOLDER, RELEASES
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Meta-train and evaluate a learned Riemannian optimizer.",
+)
+console = Console(stderr=True)
+
+CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_SECONDS = 30.0
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; the message says what would be right."""
+
+
+def _run_preset(name: str) -> RunPreset:
+    if name not in RUN_PRESETS:
+        raise UsageError(f"unknown preset {name!r}; there are: {', '.join(RUN_PRESETS)}")
+    return RUN_PRESETS[name]()
+
+
+def _compiler_is_there() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, disable=quiet, refresh_per_second=4) as progress:
+        yield progress
+
+
+def _print_results(results: Results, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(results.to_json()))
+        return
+    header, rows = results.table()
+    table = Table(title="mean log relative excess loss, lower is better; baselines at their best learning rate (@)")
+    for name in header:
+        table.add_column(name, justify="left" if name in ("problem", "against the best") else "right")
+    for i, cells in enumerate(rows):
+        style = {"better": "bold green", "tie": "", "worse": "red"}[cells[-1]]
+        marked = {header.index(LEARNED), len(header) - 1} if style else set()
+        shown = [f"[{style}]{cell}[/]" if j in marked else cell for j, cell in enumerate(cells)]
+        table.add_row(*shown, end_section=i + 1 < len(rows) and bool(rows[i + 1][0]))
+    terminal = Console()
+    # Piped output has no width of its own; the table needs this much not to wrap.
+    Console(width=None if terminal.is_terminal else 150).print(table)
+
+
+def _report(results: Results, title: str, notes: str) -> str:
+    where = environment()
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            notes,
+            "",
+            "Mean log((f - f*)/(f0 - f*)) over seeds and instances, lower is better (f* = 0 where it is not known). "
+            "Each baseline at its best learning rate per checkpoint and instance; the learned optimizer has none.",
+            "",
+            results.markdown(),
+            "",
+            f"Largest constraint violation of the learned optimizer: {results.largest_violation():.1e}. "
+            f"Runs without a non-finite value: {100 * results.share_finite():.0f} %.",
+            "",
+            "![loss curves](curves.png)",
+            "",
+            "Measured " + ", ".join(f"{key} {value}" for key, value in where.items()) + ".",
+            "",
+        ]
+    )
+
+
+def _evaluate(preset: RunPreset, weights: Any, adapter: Adapter, quiet: bool) -> Results:
+    results: Results | None = None
+    with _progress(quiet) as progress:
+        bar = progress.add_task("evaluating", total=4 * len(preset.evaluation), note="")
+        runs = evaluate_suite(
+            preset.evaluation, lambda g: SubspaceOptimizer(g, weights, adapter), preset.seeds, preset.horizon
+        )
+        for label, results in runs:  # noqa: B007 (the last results are what is wanted)
+            progress.update(bar, advance=1, note=label[:44])
+    assert results is not None
+    return results
+
+
+@app.command()
+def train(
+    preset: Annotated[
+        str | None, typer.Option(help=f"What to train: {', '.join(RUN_PRESETS)}.  [default: quick]")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"Optimizer preset: {', '.join(PRESETS)}.  [default: base]")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the run; by default preset and time.")] = "",
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: 0]", min=0)] = None,
+    outer_steps: Annotated[int | None, typer.Option(help="Outer steps.  [default: the preset's]", min=1)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run called --name, with the settings that it has.")
+    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile the inner loops.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
+) -> None:
+    """Meta-train an optimizer, then compare it with tuned baselines; writes runs/NAME/."""
+    torch.set_num_threads(threads)
+    if resume and not name:
+        raise UsageError("--resume needs --name, the run to go on with")
+    folder = runs / (name or f"{preset or 'quick'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    given = {
+        "run_preset": preset,
+        "preset": optimizer,
+        "seed": seed,
+        "outer_steps": outer_steps,
+        "eager": eager or None,
+    }
+    if resume:
+        config = _config_to_resume(folder, given)
+    elif folder.exists():
+        raise UsageError(f"{folder} exists; choose another --name, or add --resume to go on with it")
+    else:
+        defaults = {"run_preset": "quick", "preset": "base", "seed": 0, "outer_steps": None, "eager": False}
+        config = {key: default if given[key] is None else given[key] for key, default in defaults.items()}
+    if config["preset"] not in PRESETS:
+        raise UsageError(f"unknown optimizer preset {config['preset']!r}; there are: {', '.join(PRESETS)}")
+    preset, optimizer, eager = config["run_preset"], config["preset"], config["eager"]
+    chosen = _run_preset(preset)
+    if not eager and not _compiler_is_there():
+        console.print("no C++ compiler found: the inner loops run eagerly, about three times slower")
+        eager = True
+    settings = dataclasses.replace(
+        chosen.train,
+        seed=config["seed"],
+        preset=optimizer,
+        outer_steps=config["outer_steps"] or chosen.train.outer_steps,
+        streams=tuple(dataclasses.replace(s, compiled=s.compiled and not eager) for s in chosen.train.streams),
+    )
+    trainer = Trainer(settings)
+    records: list[dict[str, Any]] = []
+    if resume:
+        trainer.load(folder / CHECKPOINT)
+        records = _read_records(folder / "metrics.jsonl")[: trainer.outer_step]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"run_preset": preset, "eager": eager, **trainer.describe(), "environment": environment()}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
+    began = time.perf_counter()
+    _train(trainer, records, folder, quiet)
+    trained_for = time.perf_counter() - began
+    adapter = PRESETS[optimizer]
+    notes = {
+        "run_preset": preset,
+        "outer_steps": settings.outer_steps,
+        "seed": settings.seed,
+        "skipped": trainer.skipped,
+        "normalisation": {"floor": features.FLOOR, "tiny": features.TINY},
+    }
+    save_weights(folder / "weights.safetensors", trainer.theta, adapter, notes)
+    results = _evaluate(chosen, trainer.theta, adapter, quiet)
+    text = (
+        f"Optimizer preset `{optimizer}`, {sum(v.numel() for v in trainer.theta.values()):,} meta-parameters, "
+        f"{settings.outer_steps} outer steps, seed {settings.seed}; trained for {trained_for:.0f} s (compilation "
+        f"included) in this sitting; {trainer.skipped} non-finite meta-gradients were skipped.\n\n![outer loss](training.png)"
+    )
+    plot_curves(results, folder / "curves.png")
+    plot_training(records, folder / "training.png")
+    write_atomically(folder / "results.json", json.dumps(results.to_json(), indent=2).encode())
+    write_atomically(folder / "report.md", _report(results, f"Run {folder.name}", text).encode())
+    _print_results(results, as_json)
+    console.print(
+        f"wrote {folder}/weights.safetensors, report.md, curves.png, training.png, metrics.jsonl, config.json"
+    )
+
+
+def _config_to_resume(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a stopped run; options that were given again must say the same."""
+    if not (folder / CHECKPOINT).is_file() or not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: no checkpoint to go on from; start the run without --resume")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    for key, value in given.items():
+        if value is not None and value != config[key]:
+            raise UsageError(f"{folder} was begun with {key} {config[key]!r}, not {value!r}; leave that option out")
+    return config
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet: bool) -> None:
+    """Run the outer loop with a progress bar, a log, and a checkpoint every half minute and on Ctrl-C."""
+
+    def save() -> None:
+        # The log first: a crash in between leaves a log that is longer than the checkpoint, which resuming cuts.
+        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+        trainer.save(folder / CHECKPOINT)
+
+    saved = time.perf_counter()
+    try:
+        with _progress(quiet) as progress:
+            note = "compiling the inner loops ..." if any(s.compiled for s in trainer.settings.streams) else ""
+            total = trainer.settings.outer_steps
+            bar = progress.add_task("training", total=total, completed=trainer.outer_step, note=note)
+            smooth: float | None = None
+            for figures in trainer.run():
+                records.append(figures)
+                smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]
+                progress.update(bar, completed=trainer.outer_step, note=f"outer loss {smooth:6.2f}")
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    save()
+                    saved = time.perf_counter()
+    except KeyboardInterrupt:
+        save()
+        raise
+    save()
+
+
+@app.command()
+def evaluate(
+    weights: Annotated[Path, typer.Option(help="A weights file; by default the shipped one.")] = FOLDER
+    / RELEASES["base"],
+    preset: Annotated[str, typer.Option(help="The run preset whose evaluation is repeated.")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md, curves.png and results.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
+) -> None:
+    """Compare a weights file with tuned baselines."""
+    torch.set_num_threads(threads)
+    theta, adapter = load_weights(weights)
+    chosen = _run_preset(preset)
+    results = _evaluate(chosen, theta, adapter, quiet)
+    if out is not None:
+        plot_curves(results, out / "curves.png")
+        write_atomically(out / "results.json", json.dumps(results.to_json(), indent=2).encode())
+        write_atomically(out / "report.md", _report(results, f"Evaluation of {weights.name}", "").encode())
+    _print_results(results, as_json)
+
+
+@app.command("weights")
+def show_weights(
+    file: Annotated[Path, typer.Argument(help="A weights file; by default the shipped one.")] = FOLDER
+    / RELEASES["base"],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show what a weights file holds."""
+    theta, adapter = load_weights(file)
+    described = {
+        "file": str(file),
+        "preset": adapter.name,
+        "settings": dataclasses.asdict(adapter),
+        "meta_parameters": sum(value.numel() for value in theta.values()),
+        "bytes": file.stat().st_size,
+        "tensors": {name: list(value.shape) for name, value in theta.items()},
+    }
+    if as_json:
+        typer.echo(json.dumps(described))
+        return
+    for key, value in described.items():
+        typer.echo(f"{key:16} {value}")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command line; errors of the user are one line on stderr and exit code 2."""
+    # torch's own compiler calls what torch has deprecated; the user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    try:
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        code = _complain(f"{message} (see subspace-meta --help)")
+    except (UsageError, CheckpointError, TrainingError, ImportError, OSError) as error:
+        code = _complain(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped; a training run that had begun goes on with --name NAME --resume")
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    typer.echo("subspace-meta: " + " ".join(message.split()), err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Loss curves with bands over seeds, as PNG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from subspace_meta.checkpoint import write_atomically
+from subspace_meta.evaluation.report import LEARNED, Results
+
+# Okabe and Ito's palette, distinguishable with colour-blindness; the learned optimizer is the one that stands out.
+COLOURS = ("#999999", "#56B4E9", "#009E73", "#D55E00")
+
+
+def plot_curves(results: Results, path: Path) -> None:
+    """Write one panel per problem: mean over seeds and instances, band from lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(results.curves)
+    columns = min(2, len(rows))
+    height = -(-len(rows) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(6.2 * columns, 4.0 * height), squeeze=False)
+    for axis, row in zip(axes.flat, rows, strict=False):
+        for method, colour in zip(results.curves[row], COLOURS, strict=False):
+            steps, mean, low, high = results.band(row, method)
+            label = method if method == LEARNED else f"{method} (tuned at step {min(50, results.horizon)})"
+            axis.plot(steps, mean, color=colour, label=label, linewidth=2.4 if method == LEARNED else 1.4)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(row, fontsize=11)
+        axis.set_xlabel("step")
+        axis.set_ylabel("log relative excess loss")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(rows) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    _write(figure, path)
+    plt.close(figure)
+
+
+def plot_training(records: list[dict[str, float]], path: Path) -> None:
+    """Write the outer loss over outer steps, raw and smoothed (running mean of 25)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [record["outer_step"] for record in records]
+    losses = [record["outer_loss"] for record in records]
+    smooth = [sum(losses[max(0, i - 24) : i + 1]) / len(losses[max(0, i - 24) : i + 1]) for i in range(len(losses))]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(steps, losses, color="#56B4E9", alpha=0.4, linewidth=0.8, label="outer loss of one segment")
+    axis.plot(steps, smooth, color="#D55E00", label="running mean of 25")
+    axis.set_xlabel("outer step")
+    axis.set_ylabel("mean log relative excess loss")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    _write(figure, path)
+    plt.close(figure)
+
+
+def _write(figure: object, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)  # type: ignore[attr-defined]
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,266 @@
+"""The method, formula by formula: loops over coordinates, float64, one matrix. What every fast path is compared with.
+
+Source: Yu, Wu, Gao, Fan, Jia, "Large-Scale Riemannian Meta-Optimization via Subspace Adaptation", arXiv 2501.15235, for
+preset ``paper``; preset ``base`` is described in ``subspace_meta/adapter/base.py``. Nothing is shared with the fast path
+but the projections, gradients and transports of the manifolds: no packing, no groups, no batch, and retractions by the
+textbook (Householder QR, SVD). Steps are not shortened here, so the two agree for steps within the bound of the fast
+path's retraction. Slow on purpose; not differentiable on purpose (SVD).
+
+Notation, as in the method's description: R the Riemannian gradient, M its running mean, d rows, p columns; a *coordinate*
+is a row or a column; l and k are the row and column scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subspace_meta.manifolds import Euclidean, Grassmann, Manifold, PolarNewtonSchulz, Stiefel
+
+RATIO_FLOOR = 1e-6
+ZERO_GUARD = 1e-30
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """What one row or one column remembers."""
+
+    fast: float = 0.0  # running mean of its energy, short and long
+    slow: float = 0.0
+    hidden: tuple[Tensor, ...] = ()  # one (H,) vector per LSTM layer; () is zero
+    cell: tuple[Tensor, ...] = ()
+    maximum: float = -math.inf  # largest output so far (preset paper)
+
+
+@dataclass(frozen=True)
+class ReferenceState:
+    """What one matrix remembers between steps; the default is the start."""
+
+    step: int = 0
+    momentum: Tensor | None = None  # (d, p), tangent at the current point
+    peak: float = 0.0
+    rows: tuple[Coordinate, ...] = field(default=())
+    columns: tuple[Coordinate, ...] = field(default=())
+
+
+def reference_step(
+    weights: Mapping[str, Tensor],
+    preset: str,
+    manifold: Manifold,
+    x: Tensor,
+    gradient: Tensor,
+    state: ReferenceState | None = None,
+    **settings: float,
+) -> tuple[Tensor, ReferenceState]:
+    """Take one step with one matrix.
+
+    Args:
+        weights: the meta-parameters of the preset.
+        preset: ``"base"`` or ``"paper"``.
+        manifold: where ``x`` lives.
+        x: the point, ``(d, p)``.
+        gradient: the Euclidean gradient at ``x``, ``(d, p)``.
+        state: what the last step returned; ``None`` at the start.
+        settings: settings of the preset's adapter that are not the default, by its names.
+
+    Returns:
+        The new point ``(d, p)`` and the new state, in float64.
+
+    Raises:
+        ValueError: the preset is unknown, or ``x`` is not one matrix.
+    """
+    if preset not in ("base", "paper"):
+        raise ValueError(f"preset {preset!r} is unknown; there are base, paper")
+    if x.ndim != 2:
+        raise ValueError(f"the reference takes one matrix (d, p), got shape {tuple(x.shape)}")
+    theta = {name: value.double() for name, value in weights.items()}
+    x, gradient = x.double(), gradient.double()
+    d, p = x.shape
+    if state is None:
+        state = ReferenceState(0, torch.zeros_like(x), 0.0, (Coordinate(),) * d, (Coordinate(),) * p)
+    assert state.momentum is not None
+
+    riemannian = manifold.coordinates(x, manifold.riemannian_gradient(x, gradient))
+    momentum = manifold.coordinates(x, state.momentum)
+    if preset == "base":
+        update, state = _base(theta, riemannian, momentum, state, **settings)
+    else:
+        update, state = _paper(theta, riemannian, momentum, state, **settings)
+    assert state.momentum is not None
+    y = _retract(manifold, x, manifold.project(x, manifold.from_coordinates(x, update)))
+    carried = manifold.transport(x, y, manifold.from_coordinates(x, state.momentum))
+    return y, ReferenceState(state.step, carried, state.peak, state.rows, state.columns)
+
+
+def _retract(manifold: Manifold, x: Tensor, tangent: Tensor) -> Tensor:
+    """Return X + V on flat space, else its polar factor by SVD or its orthonormal factor with positive diagonal."""
+    y = x + tangent
+    if isinstance(manifold, Euclidean):
+        return y
+    if not isinstance(manifold, Stiefel | Grassmann):
+        return manifold.retract(x, tangent)
+    if isinstance(manifold.retraction, PolarNewtonSchulz):
+        left, _, right = torch.linalg.svd(y, full_matrices=False)
+        return left @ right
+    q, r = torch.linalg.qr(y)
+    for j in range(y.shape[1]):
+        if r[j, j] < 0:
+            q[:, j] = -q[:, j]
+    return q
+
+
+def _base(
+    theta: Mapping[str, Tensor],
+    gradient: Tensor,
+    old_momentum: Tensor,
+    state: ReferenceState,
+    momentum_decay: float = 0.9,
+    fast_decay: float = 0.9,
+    slow_decay: float = 0.99,
+) -> tuple[Tensor, ReferenceState]:
+    """Return the update of preset ``base`` and the state, its momentum not yet transported."""
+    d, p = gradient.shape
+    t = state.step + 1
+
+    # M <- M + w (R - M), w = (1 - b) / (1 - b^t): the running mean without Adam's bias towards zero.
+    def weight(decay: float) -> float:
+        return (1 - decay) / (1 - decay**t)
+
+    momentum = old_momentum + weight(momentum_decay) * (gradient - old_momentum)
+
+    # Statistics of each coordinate: means of R*R, M*M and R*M over its entries, and two running means of the first.
+    r, m = gradient.tolist(), momentum.tolist()
+    lines = [[(r[i][j], m[i][j]) for j in range(p)] for i in range(d)]
+    lines += [[(r[i][j], m[i][j]) for i in range(d)] for j in range(p)]
+    energy = [sum(a * a for a, _ in line) / len(line) for line in lines]
+    momentum_energy = [sum(b * b for _, b in line) / len(line) for line in lines]
+    agreement = [sum(a * b for a, b in line) / len(line) for line in lines]
+    old = [*state.rows, *state.columns]
+    fast = [c.fast + weight(fast_decay) * (e - c.fast) for c, e in zip(old, energy, strict=True)]
+    slow = [c.slow + weight(slow_decay) * (e - c.slow) for c, e in zip(old, energy, strict=True)]
+
+    # Of the matrix: means over its rows, and the largest mean of the fast energy so far.
+    mean_energy, mean_fast, mean_slow, mean_momentum, mean_agreement = (
+        sum(values[:d]) / d for values in (energy, fast, slow, momentum_energy, agreement)
+    )
+    peak = max(state.peak, mean_fast)
+    context = [
+        _log_ratio(mean_momentum, mean_fast),
+        _log_ratio(mean_fast, mean_slow),
+        _log_ratio(mean_energy, mean_fast),
+        _log_ratio(mean_fast, peak),
+        _cosine(mean_agreement, mean_energy, mean_momentum),
+        math.tanh(t / 10 - 1),
+        math.tanh(t / 100 - 1),
+        math.tanh(t / 1000 - 1),
+    ]
+
+    scales, outputs, coordinates = [], [], []
+    for n in range(d + p):
+        side, head = (0, "row_head") if n < d else (1, "column_head")
+        relative = [
+            _log_ratio(energy[n], mean_energy),
+            _log_ratio(fast[n], mean_fast),
+            _log_ratio(slow[n], mean_slow),
+            _log_ratio(momentum_energy[n], mean_momentum),
+        ]
+        cosine = _cosine(agreement[n], energy[n], momentum_energy[n])
+        features = [*relative, cosine, *context, 1.0 if side == 0 else -1.0]
+        hidden, cell = _lstm(theta, "lstm", "", torch.tensor(features, dtype=torch.float64), old[n], 0)
+        output = (theta[f"{head}.weight"] @ hidden + theta[f"{head}.bias"][:, 0]).tolist()
+        scales.append(output[0] + sum(w * f for w, f in zip(theta["scale.skip"][side].tolist(), relative, strict=True)))
+        outputs.append(output)
+        coordinates.append(Coordinate(fast[n], slow[n], (hidden,), (cell,)))
+
+    # The second and third outputs speak for the matrix: how far to go, and how much momentum to take.
+    def pooled(k: int) -> float:
+        return sum(o[k] for o in outputs[:d]) / d + sum(o[k] for o in outputs[d:]) / p
+
+    skip = sum(w * c for w, c in zip(theta["length.skip"].tolist(), context, strict=True))
+    length = _sigmoid(float(theta["length.bias"]) + skip + pooled(1))
+    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2))
+
+    # D = diag(l) ((1-a) R + a M) diag(k), of unit root mean square; the update is -eta D / sqrt(d).
+    direction = torch.zeros_like(gradient)
+    for i in range(d):
+        for j in range(p):
+            mixed = (1 - mix) * r[i][j] + mix * m[i][j]
+            direction[i, j] = math.exp(scales[i]) * mixed * math.exp(scales[d + j])
+    mean_square = sum(value * value for row in direction.tolist() for value in row) / (d * p)
+    update = -length * direction / math.sqrt(mean_square + ZERO_GUARD) / math.sqrt(d)
+    return update, ReferenceState(t, momentum, peak, tuple(coordinates[:d]), tuple(coordinates[d:]))
+
+
+def _paper(
+    theta: Mapping[str, Tensor],
+    gradient: Tensor,
+    momentum: Tensor,
+    state: ReferenceState,
+    step_size: float = 1e-2,
+    mean_statistics: float = False,
+) -> tuple[Tensor, ReferenceState]:
+    """Return the update of preset ``paper`` and the state. There is no momentum: it stays zero."""
+    d, p = gradient.shape
+    scaled = (step_size * gradient).tolist()
+    lines = [[scaled[i][j] for j in range(p)] for i in range(d)] + [[scaled[i][j] for i in range(d)] for j in range(p)]
+    old = [*state.rows, *state.columns]
+
+    raw, hiddens, cells = [], [], []
+    for n, line in enumerate(lines):
+        statistic = sum(a * a for a in line) / (len(line) if mean_statistics else 1)
+        feature = min(1.0, max(-1.0, math.log(statistic + ZERO_GUARD) / 10))
+        x = torch.tensor([feature], dtype=torch.float64)
+        hidden0, cell0 = _lstm(theta, "lstm0", "lstm0.hidden_bias", x, old[n], 0)
+        hidden1, cell1 = _lstm(theta, "lstm1", "lstm1.hidden_bias", hidden0, old[n], 1)
+        head = "row_head" if n < d else "column_head"
+        raw.append(float(theta[f"{head}.weight"][0] @ hidden1 + theta[f"{head}.bias"][0, 0]))
+        hiddens.append((hidden0, hidden1))
+        cells.append((cell0, cell1))
+
+    # l <- l - mean(l) + 1, rows and columns apart, then the running maximum over time.
+    centred = [o - sum(raw[:d]) / d + 1 for o in raw[:d]] + [o - sum(raw[d:]) / p + 1 for o in raw[d:]]
+    maxima = [max(c.maximum, o) for c, o in zip(old, centred, strict=True)]
+    update = torch.zeros_like(gradient)
+    for i in range(d):
+        for j in range(p):
+            update[i, j] = -maxima[i] * scaled[i][j] * maxima[d + j]
+    coordinates = [Coordinate(hidden=h, cell=c, maximum=top) for h, c, top in zip(hiddens, cells, maxima, strict=True)]
+    return update, ReferenceState(state.step + 1, momentum, 0.0, tuple(coordinates[:d]), tuple(coordinates[d:]))
+
+
+def _lstm(
+    theta: Mapping[str, Tensor], name: str, second_bias: str, x: Tensor, old: Coordinate, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Return hidden and cell, ``(H,)`` each, of one LSTM cell for one coordinate; gates input, forget, candidate, output."""
+    units = theta[f"{name}.hidden"].shape[1]
+    zero = torch.zeros(units, dtype=torch.float64)
+    hidden, cell = (old.hidden[layer], old.cell[layer]) if old.hidden else (zero, zero)
+    gates = theta[f"{name}.input"] @ x + theta[f"{name}.hidden"] @ hidden + theta[f"{name}.bias"][:, 0]
+    if second_bias:
+        gates = gates + theta[second_bias][:, 0]
+    new_cell, new_hidden = [], []
+    for unit in range(units):
+        enter, forget, candidate, leave = (float(gates[gate * units + unit]) for gate in range(4))
+        c = _sigmoid(forget) * float(cell[unit]) + _sigmoid(enter) * math.tanh(candidate)
+        new_cell.append(c)
+        new_hidden.append(_sigmoid(leave) * math.tanh(c))
+    return torch.tensor(new_hidden, dtype=torch.float64), torch.tensor(new_cell, dtype=torch.float64)
+
+
+def _log_ratio(numerator: float, denominator: float) -> float:
+    """Return half the logarithm of a ratio of energies, bounded from below."""
+    return 0.5 * math.log(numerator / (denominator + ZERO_GUARD) + RATIO_FLOOR)
+
+
+def _cosine(product: float, energy_a: float, energy_b: float) -> float:
+    """Return the cosine of two vectors from their mean product and mean squares."""
+    return product / (math.sqrt(energy_a + ZERO_GUARD) * math.sqrt(energy_b + ZERO_GUARD))
+
+
+def _sigmoid(value: float) -> float:
+    """Return 1 / (1 + exp(-value)) without overflow."""
+    return 0.5 * (1.0 + math.tanh(0.5 * value))
