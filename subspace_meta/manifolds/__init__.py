@@ -1,6 +1,7 @@
 """Manifolds and retractions: frozen value objects with pure methods."""
 
 from subspace_meta.manifolds.base import Manifold
+from subspace_meta.manifolds.checks import ManifoldCheckError, ManifoldReport, check_manifold
 from subspace_meta.manifolds.euclidean import Euclidean
 from subspace_meta.manifolds.grassmann import Grassmann
 from subspace_meta.manifolds.oblique import Oblique
@@ -29,6 +30,8 @@ __all__ = [
     "Grassmann",
     "HouseholderQR",
     "Manifold",
+    "ManifoldCheckError",
+    "ManifoldReport",
     "Normalization",
     "Oblique",
     "Orthogonal",
@@ -44,4 +47,5 @@ __all__ = [
     "SphereRetraction",
     "Stiefel",
     "StiefelCanonical",
+    "check_manifold",
 ]

@@ -174,14 +174,12 @@ def spectral_bound(a: Tensor) -> Tensor:
     |m| + sqrt((p-1) s^2) with the mean m and the variance s^2 of the eigenvalues, both traces (Wolkowicz and Styan,
     "Bounds for eigenvalues using traces", 1980). It is exact for rank one and for multiples of the identity, never
     above the Frobenius norm, and the same for A and Q^T A Q, which a bound by row sums is not: a rule that
-    shortens steps by it treats all bases of a subspace alike. O(p^2); smooth, also at A = 0.
+    shortens steps by it treats all bases of a subspace alike. O(p^2); smooth, also at A = 0. Infinite where the
+    entries' squares overflow.
     """
     p = a.shape[-1]
-    # Divided by the largest entry, squares overflow only where the matrix itself does.
-    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1.0)
-    scaled = a / largest
-    mean = (trace(scaled) / p)[..., None, None]
-    variance = (scaled - mean * identity_like(a)).square().mean(dim=(-2, -1), keepdim=True) * p
-    # The floor keeps the derivatives of the root finite when all eigenvalues are equal.
-    floor = torch.finfo(a.dtype).eps ** 2
-    return largest * (mean.abs() + ((p - 1) * variance + floor).sqrt())
+    mean = (trace(a) / p)[..., None, None]
+    # Centred before squaring: nothing cancels when all eigenvalues are equal.
+    spread = (a - mean * identity_like(a)).square().sum(dim=(-2, -1), keepdim=True) * ((p - 1) / p)
+    # The floor keeps the derivatives of the root finite there.
+    return mean.abs() + (spread + torch.finfo(a.dtype).eps ** 2).sqrt()

@@ -95,7 +95,7 @@ def _bounded_step(x: Tensor, v: Tensor, max_norm: float) -> tuple[Tensor, Tensor
     squared_norm = spectral_bound(gram - identity)
     squared_scale = _squared_scale(squared_norm, max_norm)
     y = torch.addcmul(x, squared_scale.sqrt(), v)
-    return y, squared_scale * gram + (1.0 - squared_scale) * identity, squared_scale * squared_norm
+    return y, squared_scale * gram + (1.0 - squared_scale) * identity, squared_norm.clamp(max=max_norm * max_norm)
 
 
 @dataclass(frozen=True)
