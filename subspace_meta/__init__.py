@@ -9,9 +9,11 @@ from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights
 from subspace_meta.geometry import Geometry, MatrixView, Rule
 from subspace_meta.manifolds import CholeskyQR, Euclidean, Grassmann, Manifold, PolarNewtonSchulz, Stiefel
 from subspace_meta.optimizers import RASA, RSGD, Optimizer, RAdam, SubspaceOptimizer
+from subspace_meta.optimizers.subspace import PRESETS
 from subspace_meta.weights import pretrained
 
 __all__ = [
+    "PRESETS",
     "RASA",
     "RSGD",
     "CheckpointError",

@@ -67,10 +67,12 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, json.loads(metadata["content"])
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], adapter: Adapter, notes: Mapping[str, Any]) -> None:
+def save_weights(
+    path: str | os.PathLike[str], weights: Mapping[str, Tensor], adapter: Adapter, notes: Mapping[str, Any]
+) -> None:
     """Write meta-parameters with their preset, its settings, and free notes (how they were trained)."""
     settings = {"preset": adapter.name, "settings": dataclasses.asdict(adapter), "notes": dict(notes)}
-    save_tensors(path, "weights", weights, settings)
+    save_tensors(Path(path), "weights", weights, settings)
 
 
 def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> tuple[Weights, Adapter]:

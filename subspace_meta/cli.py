@@ -10,10 +10,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -219,7 +220,8 @@ def train(
     text = (
         f"Optimizer preset `{optimizer}`, {sum(v.numel() for v in trainer.theta.values()):,} meta-parameters, "
         f"{settings.outer_steps} outer steps, seed {settings.seed}; trained for {trained_for:.0f} s (compilation "
-        f"included) in this sitting; {trainer.skipped} non-finite meta-gradients were skipped.\n\n![outer loss](training.png)"
+        f"included) in this sitting; {trainer.skipped} non-finite meta-gradients were skipped."
+        "\n\n![outer loss](training.png)"
     )
     plot_curves(results, folder / "curves.png")
     plot_training(records, folder / "training.png")
@@ -255,23 +257,40 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
         trainer.save(folder / CHECKPOINT)
 
     saved = time.perf_counter()
-    try:
-        with _progress(quiet) as progress:
-            note = "compiling the inner loops ..." if any(s.compiled for s in trainer.settings.streams) else ""
-            total = trainer.settings.outer_steps
-            bar = progress.add_task("training", total=total, completed=trainer.outer_step, note=note)
-            smooth: float | None = None
-            for figures in trainer.run():
-                records.append(figures)
-                smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]
-                progress.update(bar, completed=trainer.outer_step, note=f"outer loss {smooth:6.2f}")
-                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                    save()
-                    saved = time.perf_counter()
-    except KeyboardInterrupt:
-        save()
-        raise
+    with _deferred_interrupt() as interrupted, _progress(quiet) as progress:
+        note = "compiling the inner loops ..." if any(s.compiled for s in trainer.settings.streams) else ""
+        total = trainer.settings.outer_steps
+        bar = progress.add_task("training", total=total, completed=trainer.outer_step, note=note)
+        smooth: float | None = None
+        for figures in trainer.run():
+            records.append(figures)
+            smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]
+            progress.update(bar, completed=trainer.outer_step, note=f"outer loss {smooth:6.2f}")
+            if interrupted():
+                save()
+                raise KeyboardInterrupt
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = time.perf_counter()
     save()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C wait for the end of the outer step, where a checkpoint is exact; a second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("finishing this outer step; Ctrl-C again to stop at the last checkpoint")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @app.command()
@@ -341,8 +360,9 @@ def main() -> None:
     except (UsageError, CheckpointError, TrainingError, ImportError, OSError) as error:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped; a training run that had begun goes on with --name NAME --resume")
         code = 130
+    if code == 130:  # what typer, too, makes of Ctrl-C
+        _complain("stopped; a training run that had begun goes on with: train --name NAME --resume")
     sys.exit(code if isinstance(code, int) else 0)
 
 

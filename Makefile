@@ -1,0 +1,32 @@
+# Everything runs in .venv, which the first command makes. Paths are relative, so a checkout below "a folder" works.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow check clean
+
+demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
+	$(RUN) -m subspace_meta.cli train --preset quick
+
+test: $(INSTALLED)  ## the test suite, a few minutes on two cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(INSTALLED)  ## the heavier checks
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m slow
+
+check: $(INSTALLED)  ## linter, formatter, type checker
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch numpy
+	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,158 @@
+"""The command line as a user types it, in a process of its own."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import subspace_meta as sm
+from subspace_meta import cli
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "subspace_meta.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("with space")
+    return folder, run("train", "--preset", "smoke", "--name", "one", "--json", "--quiet", cwd=folder)
+
+
+def test_training_writes_everything(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (folder / "runs" / "one").iterdir()}
+    assert written == {
+        "checkpoint.safetensors",
+        "config.json",
+        "curves.png",
+        "metrics.jsonl",
+        "report.md",
+        "results.json",
+        "training.png",
+        "weights.safetensors",
+    }
+    table = json.loads(done.stdout)
+    assert table["problems"][0]["problem"] == "synthetic PCA 12x3"
+    assert set(table["problems"][0]["methods"]) == {"RSGD-momentum", "RAdam", "RASA-LR", "Subspace (untuned)"}
+    assert table["largest_violation"] < 1e-5
+    records = [json.loads(line) for line in (folder / "runs/one/metrics.jsonl").read_text().splitlines()]
+    assert [record["outer_step"] for record in records] == list(range(6))
+    weights, adapter = sm.load_weights(folder / "runs/one/weights.safetensors")
+    assert adapter.name == "base"
+    assert weights.keys() == sm.pretrained().keys()
+    assert (folder / "runs/one/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_repeats_the_table(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = finished
+    again = run(
+        *("evaluate", "--weights", "runs/one/weights.safetensors", "--preset", "smoke", "--json", "--quiet"), cwd=folder
+    )
+    assert again.returncode == 0, again.stderr
+    first, second = (json.loads(text.stdout)["problems"][0]["methods"] for text in (done, again))
+    for method, figures in first.items():
+        assert figures["log_excess"] == second[method]["log_excess"]
+
+
+def test_a_second_run_of_the_same_name_is_refused(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    before = (folder / "runs/one/config.json").read_bytes()
+    done = run("train", "--preset", "smoke", "--name", "one", cwd=folder)
+    assert_one_line_error(done, "runs/one exists")
+    assert (folder / "runs/one/config.json").read_bytes() == before
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    options = ("train", "--preset", "smoke", "--outer-steps", "60", "--quiet", "--json")
+    assert run(*options, "--name", "whole", cwd=tmp_path).returncode == 0
+    command = [sys.executable, "-m", "subspace_meta.cli", *options, "--name", "cut"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # The folder appears just before the first outer step.
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs/cut/config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    assert (tmp_path / "runs/cut/checkpoint.safetensors").is_file()
+    assert not (tmp_path / "runs/cut/weights.safetensors").exists()
+    done = run("train", "--name", "cut", "--resume", "--quiet", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, cut = (sm.load_weights(tmp_path / f"runs/{name}/weights.safetensors")[0] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("train", "--presett", "quick"), ("No such option: --presett", "--preset")),
+        (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, smoke")),
+        (("train", "--optimizer", "adam"), ("unknown optimizer preset 'adam'", "base, paper")),
+        (("train", "--outer-steps", "0"), ("--outer-steps", "greater than or equal to 1")),
+        (("train", "--resume"), ("--resume needs --name",)),
+        (("train", "--resume", "--name", "none"), ("runs/none", "without --resume")),
+        (("trane",), ("No such command 'trane'",)),
+        (("evaluate", "--preset", "mnist"), ("unknown preset 'mnist'",)),
+        (("evaluate", "--weights", "missing.safetensors"), ("missing.safetensors", "no such file")),
+        (("weights", "truncated.safetensors"), ("truncated.safetensors", "truncated")),
+        (("weights", "foreign.safetensors"), ("foreign.safetensors", "not 'weights' written by subspace-meta")),
+        (("weights", "text.txt"), ("text.txt", "not a readable safetensors file")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    parts: tuple[str, ...],
+) -> None:
+    sm.save_weights(tmp_path / "good.safetensors", sm.pretrained(), sm.PRESETS["base"], {})
+    (tmp_path / "truncated.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:-100])
+    save_file({"x": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "text.txt").write_text("not weights\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["subspace-meta", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    assert_one_line_error(subprocess.CompletedProcess(arguments, code, printed.out, printed.err), *parts)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_version_and_help(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path).stdout.strip() == sm.__version__
+    for command in ((), ("train",), ("evaluate",), ("weights",)):
+        done = run(*command, "--help", cwd=tmp_path)
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
