@@ -1,0 +1,78 @@
+(* The thin QR factorisation with positive diagonal does not follow column    *)
+(* permutations, so a QR update is not equivariant; polar and Cayley are.     *)
+From mathcomp Require Import all_ssreflect fingroup perm all_algebra.
+From mathcomp Require Import ring.
+From SubspaceMeta Require Import matrices stiefel.
+
+Set Implicit Arguments.
+Unset Strict Implicit.
+Unset Printing Implicit Defensive.
+
+Import GRing.Theory Num.Theory Order.POrderTheory.
+Local Open Scope ring_scope.
+
+Section QR.
+
+Variables (F : realFieldType) (d p : nat).
+Implicit Types A Q : 'M[F]_(d, p).
+
+Definition upper_triangular (R : 'M[F]_p) : Prop :=
+  forall i j : 'I_p, (j < i)%N -> R i j = 0.
+
+Definition is_qr A Q (R : 'M[F]_p) : Prop :=
+  [/\ orthonormal_columns Q, upper_triangular R,
+      forall i, 0 < R i i & A = Q *m R].
+
+(* If the factor follows a permutation of the columns, every pair of columns  *)
+(* whose order the permutation inverts must have a zero in R.                 *)
+Theorem qr_follows_only_if A Q (R R' : 'M[F]_p) (s : 'S_p) i j :
+  is_qr A Q R -> is_qr (A *m perm_mx s) (Q *m perm_mx s) R' ->
+  (s j < s i)%N -> R i j = 0.
+Proof.
+case=> oQ _ _ -> [_ triangular _ factor] inverted.
+have := congr1 (mulmx Q^T) factor.
+rewrite -!mulmxA [Q^T *m _]mulmxA [Q^T *m (Q *m (_ *m R'))]mulmxA oQ !mul1mx.
+move=> conjugate; rewrite -(triangular _ _ inverted).
+have /matrixP/(_ i (s j)) := conjugate.
+rewrite -row_permE -{1}[s]invgK -col_permE !mxE => <-.
+by rewrite permK.
+Qed.
+
+End QR.
+
+Section CounterExample.
+
+Local Open Scope nat_scope.
+
+(* A point of St(5, 2), a tangent there, both over the rationals; all QR      *)
+(* factors involved are rational.                                             *)
+Definition integer_matrix d p (entries : seq (seq int)) : 'M[rat]_(d, p) :=
+  \matrix_(i, j) ((nth 0%R (nth [::] entries i) j)%:~R)%R.
+
+Local Open Scope ring_scope.
+
+Definition example_point : 'M[rat]_(5, 2) := integer_matrix 5 2
+  [:: [:: 1; 0]; [:: 0; 1]; [:: 0; 0]; [:: 0; 0]; [:: 0; 0]].
+Definition example_tangent : 'M[rat]_(5, 2) := integer_matrix 5 2
+  [:: [:: 0; 0]; [:: 0; 0]; [:: 1; 4]; [:: 1; 2]; [:: 1; 2]].
+
+Definition example_swap : 'S_2 := tperm 0 1.
+
+(* The QR factor of the step, and of the step with its columns swapped.       *)
+Definition example_qr : 'M[rat]_(5, 2) := integer_matrix 5 2
+  [:: [:: 3; -4]; [:: 0; 2]; [:: 3; 4]; [:: 3; 0]; [:: 3; 0]] *m
+  diag_mx (\row_j 6%:R^-1).
+Definition example_qr_swapped : 'M[rat]_(5, 2) := integer_matrix 5 2
+  [:: [:: 0; 25]; [:: 6; -8]; [:: 24; -7]; [:: 12; 9]; [:: 12; 9]] *m
+  diag_mx (\row_j 30%:R^-1).
+
+Ltac entry_by_entry :=
+  rewrite ?mxE ?big_ord_recl ?big_ord0 ?mxE /= ?mxE /=.
+
+Lemma example_point_on_stiefel : orthonormal_columns example_point.
+Proof.
+apply/matrixP=> i j; rewrite !mxE !big_ord_recl big_ord0 !mxE.
+by case: i => [[|[|//]] ?]; case: j => [[|[|//]] ?].
+Qed.
+
+End CounterExample.
