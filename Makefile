@@ -1,6 +1,12 @@
-# Everything runs in .venv, which the first command makes. Paths are relative, so a checkout below "a folder" works.
+# Everything runs in a virtual environment, which the first command makes: .venv, or, where the checkout's path has a
+# space, one in the user's cache, because torch.compile cannot link against libraries below a path with a space.
 PYTHON ?= python3
+EMPTY :=
+ifneq (,$(findstring $(EMPTY) $(EMPTY),$(CURDIR)))
+VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/subspace-meta/$(shell printf %s "$(CURDIR)" | cksum | cut -d' ' -f1)
+else
 VENV := .venv
+endif
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 

@@ -40,6 +40,7 @@ except ImportError as error:  # the library itself does not need them
     raise SystemExit(f"subspace-meta: {error}; install the extra: pip install 'subspace-meta[train]'") from error
 
 from subspace_meta.adapter import features
+from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.trainer import Trainer, TrainingError
@@ -69,8 +70,13 @@ def _run_preset(name: str) -> RunPreset:
     return RUN_PRESETS[name]()
 
 
-def _compiler_is_there() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+def _no_compiler() -> str:
+    """Return why inner loops cannot be compiled here; empty if they can."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "no C++ compiler found"
+    if any(character.isspace() for character in torch.__file__):
+        return "torch.compile cannot link below a path with a space, and torch lies there"
+    return ""
 
 
 @contextmanager
@@ -186,8 +192,8 @@ def train(
         raise UsageError(f"unknown optimizer preset {config['preset']!r}; there are: {', '.join(PRESETS)}")
     preset, optimizer, eager = config["run_preset"], config["preset"], config["eager"]
     chosen = _run_preset(preset)
-    if not eager and not _compiler_is_there():
-        console.print("no C++ compiler found: the inner loops run eagerly, about three times slower")
+    if not eager and (why := _no_compiler()):
+        console.print(f"{why}: the inner loops run eagerly, about three times slower")
         eager = True
     settings = dataclasses.replace(
         chosen.train,
@@ -336,6 +342,35 @@ def show_weights(
         return
     for key, value in described.items():
         typer.echo(f"{key:16} {value}")
+
+
+bench = typer.Typer(rich_markup_mode=None, help="Measure this machine, side by side with other libraries.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("geometry")
+def bench_geometry_command(
+    rounds: Annotated[int, typer.Option(help="Rounds; the least time counts.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """One step on ResNet-50's convolutions, on 256 small matrices, and with the canonical metric; CPU seconds."""
+    records = bench_geometry(rounds)
+    if as_json:
+        typer.echo(json.dumps({"environment": environment(), "records": records}))
+        return
+    table = Table(title="CPU seconds of one step, one thread, least of several")
+    for column, justify in (("what", "left"), ("s", "right"), ("peer", "left"), ("s", "right"), ("ratio", "right")):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    for record in records:
+        theirs, ratio = record["peer_seconds"], record["ratio"]
+        table.add_row(
+            record["what"],
+            f"{record['seconds']:.4f}",
+            record["peer"],
+            "not installed" if theirs is None else f"{theirs:.4f}",
+            "" if ratio is None else f"{ratio:.3f}",
+        )
+    Console().print(table)
 
 
 @app.callback(invoke_without_command=True)
