@@ -26,8 +26,13 @@ from subspace_meta.manifolds.base import (
     spectral_bound,
     symmetric_part,
 )
+from subspace_meta.manifolds.matrix_functions import (
+    LOGARITHM_NORM,
+    matrix_exponential,
+    symmetric_logarithm,
+    symmetric_square_root,
+)
 from subspace_meta.manifolds.orthogonal import check_square
-from subspace_meta.manifolds.symmetric_functions import symmetric_logarithm, symmetric_square_root
 
 
 class SPDRetraction(abc.ABC):
@@ -112,12 +117,12 @@ class SPDExponential(SPDRetraction):
         """Return the geodesic's point at time 1, polished by :func:`keep_positive`."""
         factor = cholesky(x)
         whitened = whiten(factor, symmetric_part(v.to(x.dtype)))
-        return keep_positive(_along(factor, _shorten(whitened, self.max_norm) * whitened))
+        return keep_positive(_along(factor, _shorten(whitened, self.max_norm) * whitened, self.max_norm))
 
 
-def _along(factor: Tensor, whitened: Tensor) -> Tensor:
-    """Return L exp(E) L^T as a product F F^T."""
-    half: Tensor = factor @ torch.linalg.matrix_exp(0.5 * whitened)
+def _along(factor: Tensor, whitened: Tensor, max_norm: float) -> Tensor:
+    """Return L exp(E) L^T as a product F F^T, for |E|_2 <= ``max_norm``."""
+    half = factor @ matrix_exponential(0.5 * whitened, 0.5 * max_norm)
     return half @ half.mT
 
 
@@ -127,7 +132,7 @@ class SPD(Manifold):
 
     Statistics are taken in the whitened tangent S^{-1} v S^{-1} with the symmetric square root S = M^{1/2}. All matrix
     functions have finite derivatives at equal eigenvalues, to third order
-    (:mod:`~subspace_meta.manifolds.symmetric_functions`).
+    (:mod:`~subspace_meta.manifolds.matrix_functions`).
     """
 
     retraction: SPDRetraction = SPDSecondOrder()
@@ -178,9 +183,9 @@ class SPD(Manifold):
         return symmetric_part(left @ whiten(factor, symmetric_part(v.to(x.dtype))) @ left.mT)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return L exp(E) L^T."""
+        """Return L exp(E) L^T; accurate for |E|_2 up to 64 (factors of 1e27)."""
         factor = cholesky(x)
-        return symmetric_part(_along(factor, whiten(factor, symmetric_part(v.to(x.dtype)))))
+        return symmetric_part(_along(factor, whiten(factor, symmetric_part(v.to(x.dtype))), LOGARITHM_NORM))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """Return L log(L^{-1} Y L^{-T}) L^T."""
