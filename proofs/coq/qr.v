@@ -66,13 +66,72 @@ Definition example_qr_swapped : 'M[rat]_(5, 2) := integer_matrix 5 2
   [:: [:: 0; 25]; [:: 6; -8]; [:: 24; -7]; [:: 12; 9]; [:: 12; 9]] *m
   diag_mx (\row_j 30%:R^-1).
 
-Ltac entry_by_entry :=
-  rewrite ?mxE ?big_ord_recl ?big_ord0 ?mxE /= ?mxE /=.
+(* Every claim about the example is a finite list of rational identities.     *)
+Ltac compute_entries :=
+  let i := fresh "i" in let j := fresh "j" in
+  apply/matrixP=> i j; rewrite !mxE !big_ord_recl big_ord0 !mxE;
+  case: i => [[|[|[|[|[|//]]]]] ?] //=; case: j => [[|[|//]] ?] //=;
+  rewrite ?mul_mx_diag ?mxE ?big_ord_recl ?big_ord0 ?mxE /=;
+  apply/eqP; vm_compute.
 
 Lemma example_point_on_stiefel : orthonormal_columns example_point.
+Proof. by compute_entries. Qed.
+
+Lemma example_tangent_is_tangent : tangent example_point example_tangent.
+Proof. by compute_entries. Qed.
+
+Definition example_triangle : 'M[rat]_2 :=
+  integer_matrix 2 2 [:: [:: 2; 4]; [:: 0; 3]].
+Definition example_triangle_swapped : 'M[rat]_2 := integer_matrix 2 2
+  [:: [:: 25; 8]; [:: 0; 6]] *m diag_mx (\row_j 5%:R^-1).
+
+Lemma example_is_qr :
+  is_qr (example_point + example_tangent) example_qr example_triangle.
 Proof.
-apply/matrixP=> i j; rewrite !mxE !big_ord_recl big_ord0 !mxE.
-by case: i => [[|[|//]] ?]; case: j => [[|[|//]] ?].
+split.
+- by compute_entries.
+- by move=> [[|[|//]] ?] [[|[|//]] ?]; rewrite // mxE.
+- by move=> [[|[|//]] ?]; rewrite mxE.
+by compute_entries.
+Qed.
+
+Lemma example_swapped_step :
+  (example_point + example_tangent) *m perm_mx example_swap = integer_matrix 5 2
+  [:: [:: 0; 1]; [:: 1; 0]; [:: 4; 1]; [:: 2; 1]; [:: 2; 1]].
+Proof.
+rewrite -[example_swap]invgK -col_permE tpermV; apply/matrixP=> i j; rewrite !mxE.
+have [->|->] : j = 0 \/ j = 1.
+- by case: j => [[|[|//]] ?]; [left | right]; apply: val_inj.
+- by rewrite tpermL; case: i => [[|[|[|[|[|//]]]]] ?].
+by rewrite tpermR; case: i => [[|[|[|[|[|//]]]]] ?].
+Qed.
+
+Lemma example_is_qr_swapped :
+  is_qr ((example_point + example_tangent) *m perm_mx example_swap)
+    example_qr_swapped example_triangle_swapped.
+Proof.
+rewrite example_swapped_step; split.
+- by compute_entries.
+- by move=> [[|[|//]] ?] [[|[|//]] ?]; rewrite // /example_triangle_swapped mul_mx_diag !mxE mul0r.
+- by move=> [[|[|//]] ?]; rewrite /example_triangle_swapped mul_mx_diag !mxE.
+by compute_entries.
+Qed.
+
+(* Retracting the swapped step by QR is not swapping the retracted step.      *)
+Theorem qr_retraction_not_equivariant :
+  exists (X u Q Q' : 'M[rat]_(5, 2)) (R R' : 'M[rat]_2) (s : 'S_2),
+  [/\ orthonormal_columns X, tangent X u, is_qr (X + u) Q R,
+      is_qr (X *m perm_mx s + u *m perm_mx s) Q' R' & Q' <> Q *m perm_mx s].
+Proof.
+exists example_point, example_tangent, example_qr, example_qr_swapped.
+exists example_triangle, example_triangle_swapped, example_swap; split.
+- exact: example_point_on_stiefel.
+- exact: example_tangent_is_tangent.
+- exact: example_is_qr.
+- by rewrite -mulmxDl; apply: example_is_qr_swapped.
+move=> follows; have swapped := example_is_qr_swapped; rewrite follows in swapped.
+have := @qr_follows_only_if _ _ _ _ _ _ _ _ 0 1 example_is_qr swapped.
+by rewrite /example_swap tpermL tpermR mxE => /(_ isT).
 Qed.
 
 End CounterExample.
