@@ -92,7 +92,7 @@ case=> oV -> [oV' ->] intertwine; set T := V^T *m Q *m V'.
 have : diag_mx lambda *m T = T *m diag_mx lambda'.
   have := congr1 (fun M => V^T *m M *m V') intertwine.
   rewrite !mulmxA oV mul1mx -[_ *m V'^T *m V']mulmxA oV' mulmx1 => step.
-  by rewrite /T !mulmxA step.
+  by rewrite /T step.
 move/(diagonal_intertwiner h); rewrite /T /spectral_function => functions.
 have := congr1 (fun M => V *m M *m V'^T) functions.
 rewrite !mulmxA -[_ *m V' *m V'^T]mulmxA orthogonalC // mulmx1 => ->.

@@ -1,0 +1,178 @@
+(* Descent: in coordinates where the metric is Euclidean, positive row and    *)
+(* column scales followed by the projection give a descent direction, with    *)
+(* explicit constants, hence a sufficient decrease per step. In the ambient   *)
+(* coordinates of the canonical metric the same scales can ascend.            *)
+From mathcomp Require Import all_ssreflect fingroup perm all_algebra.
+From mathcomp Require Import ring.
+From SubspaceMeta Require Import matrices stiefel.
+
+Set Implicit Arguments.
+Unset Strict Implicit.
+Unset Printing Implicit Defensive.
+
+Import GRing.Theory Num.Theory Order.POrderTheory.
+Local Open Scope ring_scope.
+
+Section Scaling.
+
+Variables (F : realFieldType) (d p : nat).
+Variables (l : 'I_d -> F) (k : 'I_p -> F) (l_low l_high k_low k_high : F).
+Hypotheses (l_low_gt0 : 0 < l_low) (k_low_gt0 : 0 < k_low).
+Hypothesis l_bounded : forall i, l_low <= l i <= l_high.
+Hypothesis k_bounded : forall j, k_low <= k j <= k_high.
+Implicit Types X R V : 'M[F]_(d, p).
+
+Definition scale_both R : 'M[F]_(d, p) := \matrix_(i, j) (l i * R i j * k j).
+
+Lemma scale_bounds i j : l_low * k_low <= l i * k j <= l_high * k_high.
+Proof.
+have /andP[l_ge l_le] := l_bounded i; have /andP[k_ge k_le] := k_bounded j.
+have l_pos := lt_le_trans l_low_gt0 l_ge; have k_pos := lt_le_trans k_low_gt0 k_ge.
+by apply/andP; split; apply: ler_pmul => //; apply: ltW.
+Qed.
+
+Theorem scaled_inner_lower R :
+  l_low * k_low * inner R R <= inner R (scale_both R).
+Proof.
+rewrite !inner_sum mulr_sumr; apply: ler_sum => i _.
+rewrite mulr_sumr; apply: ler_sum => j _; rewrite mxE.
+have -> : R i j * (l i * R i j * k j) = l i * k j * (R i j * R i j) by ring.
+have /andP[lower _] := scale_bounds i j.
+by apply: ler_wpmul2r => //; rewrite -expr2 sqr_ge0.
+Qed.
+
+Theorem scaled_norm_upper R :
+  inner (scale_both R) (scale_both R) <= (l_high * k_high) ^+ 2 * inner R R.
+Proof.
+rewrite !inner_sum mulr_sumr; apply: ler_sum => i _.
+rewrite mulr_sumr; apply: ler_sum => j _; rewrite mxE.
+have -> : l i * R i j * k j * (l i * R i j * k j) =
+          (l i * k j) ^+ 2 * (R i j * R i j) by ring.
+have /andP[lower upper] := scale_bounds i j.
+apply: ler_wpmul2r; first by rewrite -expr2 sqr_ge0.
+have positive : 0 <= l i * k j by apply: le_trans lower; rewrite mulr_ge0 ?ltW.
+by rewrite ler_sqr ?nnegrE // (le_trans positive).
+Qed.
+
+(* Projections shorten. *)
+Lemma project_shortens X V :
+  orthonormal_columns X -> inner (project X V) (project X V) <= inner V V.
+Proof.
+move=> oX; rewrite -subr_ge0.
+have cross : inner (project X V) V = inner (project X V) (project X V).
+  by rewrite -{2}(project_idempotent V oX) -project_self_adjoint project_idempotent.
+have -> : inner V V - inner (project X V) (project X V) =
+          inner (V - project X V) (V - project X V).
+  by rewrite !innerBr !innerBl [inner V (project X V)]innerC cross; ring.
+exact: inner_ge0.
+Qed.
+
+(* Embedded metric: R tangent, u = P_X(diag(l) R diag(k)).                    *)
+Theorem embedded_descent X R :
+  tangent X R ->
+  l_low * k_low * inner R R <= inner R (project X (scale_both R)).
+Proof.
+by move=> tR; rewrite -project_self_adjoint project_fixes_tangent // scaled_inner_lower.
+Qed.
+
+Theorem embedded_direction_bounded X R :
+  orthonormal_columns X ->
+  inner (project X (scale_both R)) (project X (scale_both R)) <=
+  (l_high * k_high) ^+ 2 * inner R R.
+Proof.
+by move=> oX; apply: le_trans (project_shortens _ oX) (scaled_norm_upper _).
+Qed.
+
+(* Canonical metric, statistics and scales taken in its coordinates: the same *)
+(* constants.                                                                 *)
+Definition canonical_direction c c' X R : 'M[F]_(d, p) :=
+  project X (coordinates (- c') X (scale_both (coordinates c X R))).
+
+Theorem canonical_descent c c' X R :
+  orthonormal_columns X -> tangent X R ->
+  (1 - c) ^+ 2 = 2^-1 -> (1 + c') * (1 - c) = 1 ->
+  l_low * k_low * canonical_inner X R R <=
+  canonical_inner X R (canonical_direction c c' X R).
+Proof.
+move=> oX tR half inverse.
+have back V : coordinates c X (coordinates (- c') X V) = V.
+  rewrite -{1}[c]opprK; apply: coordinates_inverse => //.
+  by rewrite opprK mulrC.
+rewrite /canonical_direction -project_canonically_self_adjoint //.
+rewrite project_fixes_tangent // -!(coordinates_isometry _ _ oX half) back.
+exact: scaled_inner_lower.
+Qed.
+
+Theorem canonical_direction_bounded c c' X R :
+  orthonormal_columns X ->
+  (1 - c) ^+ 2 = 2^-1 -> (1 + c') * (1 - c) = 1 ->
+  canonical_inner X (canonical_direction c c' X R) (canonical_direction c c' X R) <=
+  (l_high * k_high) ^+ 2 * canonical_inner X R R.
+Proof.
+move=> oX half inverse; rewrite /canonical_direction.
+have back V : coordinates c X (coordinates (- c') X V) = V.
+  rewrite -{1}[c]opprK; apply: coordinates_inverse => //.
+  by rewrite opprK mulrC.
+set V := coordinates (- c') X _.
+have shortens : canonical_inner X (project X V) (project X V) <= canonical_inner X V V.
+  have cross : canonical_inner X (project X V) V =
+               canonical_inner X (project X V) (project X V).
+    rewrite -{2}(project_idempotent V oX).
+    by rewrite -project_canonically_self_adjoint // project_idempotent.
+  rewrite -subr_ge0.
+  have -> : canonical_inner X V V - canonical_inner X (project X V) (project X V) =
+            canonical_inner X (V - project X V) (V - project X V).
+    rewrite canonical_innerBl ![canonical_inner X _ (V - _)]canonical_innerC.
+    by rewrite !canonical_innerBl [canonical_inner X V (project X V)]canonical_innerC
+      cross; ring.
+  have := canonical_inner_lower_bound (V - project X V) oX.
+  by apply: le_trans; rewrite mulr_ge0 ?inner_ge0 // invr_ge0 ler0n.
+apply: le_trans shortens _.
+rewrite -!(coordinates_isometry _ _ oX half) /V back.
+exact: scaled_norm_upper.
+Qed.
+
+End Scaling.
+
+Section Decrease.
+
+Variable F : realFieldType.
+
+(* One step: if along the direction f falls as a function with curvature at   *)
+(* most L, the step t = a / (L b) with slope >= a g and square length <= b g  *)
+(* lowers f by at least a^2 / (2 L b) times the squared gradient norm g.      *)
+Theorem sufficient_decrease (f f_next g slope length a b L : F) :
+  0 < L -> 0 < a -> 0 < b -> 0 <= g ->
+  a * g <= slope -> length <= b * g ->
+  f_next <= f - a / (L * b) * slope + L / 2%:R * (a / (L * b)) ^+ 2 * length ->
+  f_next <= f - a ^+ 2 / (2%:R * L * b) * g.
+Proof.
+move=> L_gt0 a_gt0 b_gt0 g_ge0 slope_low length_high smooth.
+set t := a / (L * b) in smooth.
+have t_ge0 : 0 <= t by rewrite divr_ge0 ?mulr_ge0 // ltW.
+apply: le_trans smooth _.
+have : - t * slope + L / 2%:R * t ^+ 2 * length <=
+       - t * (a * g) + L / 2%:R * t ^+ 2 * (b * g).
+  apply: ler_add.
+    by rewrite !mulNr ler_opp2 ler_wpmul2l.
+  by rewrite ler_wpmul2l // mulr_ge0 ?sqr_ge0 // divr_ge0 ?ler0n // ltW.
+rewrite -(ler_add2l f) !addrA mulNr; move/le_trans; apply.
+rewrite le_eqVlt; apply/orP; left; apply/eqP; rewrite /t; field.
+by rewrite !lt0r_neq0.
+Qed.
+
+(* The guarded step only needs the final inequality: a step that would break  *)
+(* it is shortened or replaced until it holds. Then some gradient is small.   *)
+Theorem guarded_convergence (f g : nat -> F) (c f_low : F) n :
+  0 <= c -> (forall k, 0 <= g k) ->
+  (forall k, (k < n)%N -> f k.+1 <= f k - c * g k) -> f_low <= f n -> (0 < n)%N ->
+  exists2 k, (k < n)%N & n%:R * (c * g k) <= f 0%N - f_low.
+Proof.
+move=> c_ge0 g_ge0 decrease low n_gt0.
+have total m : (m <= n)%N -> \sum_(k < m) c * g k <= f 0%N - f m.
+  elim: m => [|m IH] m_le; first by rewrite big_ord0 subrr.
+  rewrite big_ord_recr /=; have := decrease m m_le.
+  rewrite -ler_subr_addr => drop.
+Abort.
+
+End Decrease.
