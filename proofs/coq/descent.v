@@ -10,7 +10,7 @@ Set Implicit Arguments.
 Unset Strict Implicit.
 Unset Printing Implicit Defensive.
 
-Import GRing.Theory Num.Theory Order.POrderTheory.
+Import GRing.Theory Num.Theory Order.POrderTheory Order.TotalTheory.
 Local Open Scope ring_scope.
 
 Section Scaling.
@@ -60,10 +60,11 @@ Lemma project_shortens X V :
 Proof.
 move=> oX; rewrite -subr_ge0.
 have cross : inner (project X V) V = inner (project X V) (project X V).
-  by rewrite -{2}(project_idempotent V oX) -project_self_adjoint project_idempotent.
+  by rewrite -[RHS]project_self_adjoint project_idempotent.
 have -> : inner V V - inner (project X V) (project X V) =
           inner (V - project X V) (V - project X V).
-  by rewrite !innerBr !innerBl [inner V (project X V)]innerC cross; ring.
+  move: (project X V) cross => W cross.
+  by rewrite !innerBr !innerBl [inner V W]innerC cross; ring.
 exact: inner_ge0.
 Qed.
 
@@ -113,22 +114,19 @@ move=> oX half inverse; rewrite /canonical_direction.
 have back V : coordinates c X (coordinates (- c') X V) = V.
   rewrite -{1}[c]opprK; apply: coordinates_inverse => //.
   by rewrite opprK mulrC.
-set V := coordinates (- c') X _.
-have shortens : canonical_inner X (project X V) (project X V) <= canonical_inner X V V.
+have shortens V : canonical_inner X (project X V) (project X V) <= canonical_inner X V V.
   have cross : canonical_inner X (project X V) V =
                canonical_inner X (project X V) (project X V).
-    rewrite -{2}(project_idempotent V oX).
-    by rewrite -project_canonically_self_adjoint // project_idempotent.
-  rewrite -subr_ge0.
-  have -> : canonical_inner X V V - canonical_inner X (project X V) (project X V) =
-            canonical_inner X (V - project X V) (V - project X V).
+    by rewrite -[RHS]project_canonically_self_adjoint // project_idempotent.
+  rewrite -subr_ge0; move: (project X V) cross => W cross.
+  have -> : canonical_inner X V V - canonical_inner X W W =
+            canonical_inner X (V - W) (V - W).
     rewrite canonical_innerBl ![canonical_inner X _ (V - _)]canonical_innerC.
-    by rewrite !canonical_innerBl [canonical_inner X V (project X V)]canonical_innerC
-      cross; ring.
-  have := canonical_inner_lower_bound (V - project X V) oX.
+    by rewrite !canonical_innerBl [canonical_inner X V W]canonical_innerC cross; ring.
+  have := canonical_inner_lower_bound (V - W) oX.
   by apply: le_trans; rewrite mulr_ge0 ?inner_ge0 // invr_ge0 ler0n.
-apply: le_trans shortens _.
-rewrite -!(coordinates_isometry _ _ oX half) /V back.
+apply: le_trans (shortens _) _.
+rewrite -!(coordinates_isometry _ _ oX half) back.
 exact: scaled_norm_upper.
 Qed.
 
@@ -169,10 +167,29 @@ Theorem guarded_convergence (f g : nat -> F) (c f_low : F) n :
   exists2 k, (k < n)%N & n%:R * (c * g k) <= f 0%N - f_low.
 Proof.
 move=> c_ge0 g_ge0 decrease low n_gt0.
-have total m : (m <= n)%N -> \sum_(k < m) c * g k <= f 0%N - f m.
+have telescope m : (m <= n)%N -> \sum_(k < m) c * g k <= f 0%N - f m.
   elim: m => [|m IH] m_le; first by rewrite big_ord0 subrr.
-  rewrite big_ord_recr /=; have := decrease m m_le.
-  rewrite -ler_subr_addr => drop.
-Abort.
+  rewrite big_ord_recr /=; apply: le_trans (ler_add (IH (ltnW m_le)) (lexx _)) _.
+  have drop : 0 <= f m - c * g m - f m.+1 by rewrite subr_ge0 decrease.
+  rewrite -subr_ge0.
+  by have -> : f 0%N - f m.+1 - (f 0%N - f m + c * g m) = f m - c * g m - f m.+1 by ring.
+have total : \sum_(k < n) c * g k <= f 0%N - f_low.
+  by apply: le_trans (telescope n (leqnn n)) _; rewrite ler_add2l ler_opp2.
+(* If every term exceeded the bound, so would their sum.                      *)
+case: (boolP [exists k : 'I_n, n%:R * (c * g k) <= f 0%N - f_low]) => [/existsP[k]|].
+  by exists (k : nat).
+rewrite negb_exists => /forallP above.
+have : f 0%N - f_low < \sum_(k < n) c * g k.
+  have n_pos : 0 < n%:R :> F by rewrite ltr0n.
+  rewrite -(ltr_pmul2l n_pos) mulr_sumr.
+  have -> : n%:R * (f 0%N - f_low) = \sum_(k < n) (f 0%N - f_low).
+    by rewrite sumr_const card_ord mulr_natl.
+  rewrite -subr_gt0 -sumrB.
+  case: n n_gt0 above {decrease low telescope total n_pos} => // m _ above.
+  rewrite big_ord_recl ltr_paddr ?sumr_ge0 // => [k _|]; rewrite ?subr_ge0 ?subr_gt0.
+    by apply: ltW; rewrite ltNge.
+  by rewrite ltNge; apply: above.
+by rewrite ltNge total.
+Qed.
 
 End Decrease.
