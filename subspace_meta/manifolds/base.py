@@ -149,13 +149,34 @@ def identity_like(a: Tensor) -> Tensor:
 
 
 def euclidean_inner(u: Tensor, v: Tensor) -> Tensor:
-    """Return tr(U^T V) of ``(..., d, p)`` tensors, of shape ``(...)``."""
-    return (u * v).sum(dim=(-2, -1))
+    """Return tr(U^T V) of ``(..., d, p)`` tensors, of shape ``(...)``, without a temporary of their size."""
+    product: Tensor = u.flatten(-2)[..., None, :] @ v.flatten(-2)[..., :, None]
+    return product[..., 0, 0]
 
 
 def embedded_inner(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return tr(U^T V) in the type of the point ``x``: the metric of every embedded manifold."""
     return euclidean_inner(u.to(x.dtype), v.to(x.dtype))
+
+
+def known_true(condition: Tensor) -> bool:
+    """Return whether ``condition`` holds everywhere, where reading that costs nothing; ``False`` where it is unknown.
+
+    It is known for plain CPU tensors only: not on a device (which would have to wait), under a transform, or in a
+    trace. So it may choose a cheaper way to the same result, never another result.
+    """
+    if type(condition) is not Tensor or condition.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(condition):
+        return False
+    return bool(condition.all())
+
+
+def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Tensor:
+    """Return V - factor X A for ``(..., d, p)`` V and X; the large product is accumulated in place for one matrix."""
+    if v.ndim == 2 and x.ndim == 2:
+        return torch.addmm(v, x, a, alpha=-factor)
+    return v - x @ (factor * a)
 
 
 def trace(a: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error
+from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, subtract_product
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
 from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, random_orthonormal
 
@@ -42,7 +42,7 @@ class Grassmann(Manifold):
     def project(self, x: Tensor, v: Tensor) -> Tensor:
         """Return V - X X^T V, the horizontal part. 4dp^2 flops."""
         v = v.to(x.dtype)
-        return v - x @ (x.mT @ v)
+        return subtract_product(v, x, x.mT @ v)
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - X X^T G, the horizontal lift of the gradient of a function of the span."""

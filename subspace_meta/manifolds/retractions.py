@@ -4,23 +4,25 @@ A retraction R_x(v) = x + v + O(|v|^2) brings a tangent step back to the manifol
 dist(R_x(tv), Exp_x(tv)) = O(t^{k+1}). Meta-gradients run through it, so only formulas that are smooth at v = 0 are
 here: a polar factor by SVD or by the eigenvectors of the Gram matrix has NaN derivatives at small steps.
 
-====================  ==========================  ====================  =========================================
-retraction            order (embedded, canonical  steps longer than     cost in flops beside the d x p additions
-                      metric, Grassmann, SO(n))
-====================  ==========================  ====================  =========================================
-CholeskyQR            1, 1, 2, 1                  10 are shortened      3dp^2 + p^3/3
-HouseholderQR         1, 1, 2, 1                  none                  4dp^2, in LAPACK's slower kernels
-PolarNewtonSchulz     2, 1, 2, 2                  2 are shortened       4dp^2 + 18p^3 (float32), 24p^3 (float64)
-Cayley                1, 2, 2, 2                  10 are shortened      14dp^2 + 2p^3/3; d = p: 7p^3
-Geodesic              exact in its metric         10 are shortened      16dp^2 and exp of 2p x 2p; d = p: of p x p
-====================  ==========================  ====================  =========================================
+====================  ==========================  ============================  ===================================
+retraction            order (embedded, canonical  steps longer than this are    cost in flops beside the d x p
+                      metric, Grassmann, SO(n))   shortened to it               additions
+====================  ==========================  ============================  ===================================
+CholeskyQR            1, 1, 2, 1                  |V|_F = 10                    3dp^2 + p^3/3
+HouseholderQR         1, 1, 2, 1                  none                          4dp^2, in LAPACK's slower kernels
+PolarNewtonSchulz     2, 1, 2, 2                  |V|_2 = 2                     6dp^2 + 18p^3 (float64: 24p^3)
+Cayley                1, 2, 2, 2                  |V|_2 = 10                    14dp^2 + 2p^3/3; d = p: 11p^3
+Geodesic              exact in its metric         |V|_2 = 10                    16dp^2 and exp of 2p x 2p; d = p:
+                                                                                6p^3 and exp of p x p
+====================  ==========================  ============================  ===================================
 
 CholeskyQR and PolarNewtonSchulz work on the real Gram matrix K = (X+V)^T (X+V), which equals I + V^T V for a tangent V.
 Taking K instead of assuming that identity makes every step remove the error the last ones left. In finite precision K
 is only as good as its condition number 1 + |V|^2, so a step longer than the documented bound is *shortened* to it: the
-direction stays, and a step so long has left the region where its length meant anything. In that case alone K is
-rebuilt as s^2 K + (1 - s^2) I instead of being formed a second time. Cayley and Geodesic do not correct themselves:
-they end with one Newton-Schulz step, the *polish*.
+direction stays, and a step so long has left the region where its length meant anything. K is formed after that. (To
+rescale a K that was formed before takes X^T X = I and X^T V + V^T X = 0 for granted, and multiplies the error in them
+by the bound: on Gr(6, 4) seven such steps in a row destroy a float32 point.) Cayley and Geodesic do not correct
+themselves: they end with one Newton-Schulz step, the *polish*.
 
 Orders and formulas: Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", 2008, section 4.1;
 Absil and Malick, "Projection-like retractions on matrix manifolds", SIAM J. Optim. 22 (2012); Wen and Yin, "A feasible
@@ -80,31 +82,21 @@ def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
 
 
 def _shortened(v: Tensor, max_norm: float) -> Tensor:
-    """Return ``v``, or sv with spectral norm at most ``max_norm`` where ``v`` may be longer. 2dp^2 flops."""
-    return v * _squared_scale(spectral_bound(v.mT @ v), max_norm).sqrt()
+    """Return ``v``, or sv with spectral norm at most ``max_norm`` where ``v`` may be longer. 2dp^2 flops.
 
-
-def _bounded_step(x: Tensor, v: Tensor, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Y = X + sV, Y^T Y, and a bound on |sV|^2 (``(..., 1, 1)``); s <= 1 keeps it below ``max_norm``^2.
-
-    The norm is that of K - I = V^T V bounded by :func:`~subspace_meta.manifolds.base.spectral_bound`: never too small.
+    |V|_2 is bounded by :func:`~subspace_meta.manifolds.base.spectral_bound` of V^T V: never too small.
     """
-    v = v.to(x.dtype)
-    y = x + v
-    gram = y.mT @ y
-    identity = identity_like(x)
-    squared_norm = spectral_bound(gram - identity)
-    squared_scale = _squared_scale(squared_norm, max_norm)
-    y = torch.addcmul(x, squared_scale.sqrt(), v)
-    return y, squared_scale * gram + (1.0 - squared_scale) * identity, squared_norm.clamp(max=max_norm * max_norm)
+    return v * _squared_scale(spectral_bound(v.mT @ v), max_norm).sqrt()
 
 
 @dataclass(frozen=True)
 class CholeskyQR(OrthonormalRetraction):
     """The QR retraction (orthonormal factor, positive diagonal) through the Cholesky factor of the Gram matrix.
 
-    1.4 to 2 times faster than Householder QR, smooth everywhere. Steps with spectral norm above ``max_norm`` are
-    shortened to it (see the module's text); at the bound the float32 orthonormality error is about 2e-6.
+    1.4 to 2 times faster than Householder QR, smooth everywhere. Steps with Frobenius norm above ``max_norm`` are
+    shortened to it (see the module's text): that is the step's length in the metric, never less than the spectral
+    norm, and costs one pass over V where the spectral norm would cost another Gram matrix. At the bound the float32
+    orthonormality error is at most 5e-6, for a step of rank one; for one of full rank it is 1e-6.
     """
 
     max_norm: float = 10.0
@@ -113,9 +105,11 @@ class CholeskyQR(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return (X+V) L^{-T} with L L^T = (X+V)^T (X+V)."""
-        y, gram, _ = _bounded_step(x, v, self.max_norm)
+        v = v.to(x.dtype)
+        squared_norm = v.square().sum(dim=(-2, -1), keepdim=True)
+        y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
-        factor = torch.linalg.cholesky_ex(gram).L
+        factor = torch.linalg.cholesky_ex(y.mT @ y).L
         # Q L^T = Y, hence L Q^T = Y^T.
         q: Tensor = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
         return q
@@ -209,7 +203,8 @@ class PolarNewtonSchulz(OrthonormalRetraction):
 
     Only products of p x p matrices, so it is smooth everywhere. It commutes with orthogonal factors on both sides: an
     update through it is equivariant to the order of the columns and, on Grassmann, does not depend on the
-    representative. Steps with spectral norm above ``max_norm`` are shortened to it.
+    representative. Steps with spectral norm above ``max_norm`` are shortened to it; the bound on the norm is exact for
+    rank one and for equal singular values, and otherwise too large by less than p^(1/4).
 
     The eigenvalues of K lie in [1, 1 + b] with a bound b of |V|^2 that is computed for each matrix; divided by the
     middle of that interval they are within b/(2+b) of 1, where the iteration (:func:`inverse_root_plan`) converges.
@@ -242,14 +237,16 @@ class PolarNewtonSchulz(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthogonal polar factor of X+V."""
-        y, gram, squared_norm = _bounded_step(x, v, self.max_norm)
+        v = v.to(x.dtype)
+        squared_norm = spectral_bound(v.mT @ v)
+        y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # The limit does not depend on the centre, so its derivative is left out.
-        centre = 1.0 + 0.5 * squared_norm.detach()
+        centre = 1.0 + 0.5 * squared_norm.detach().clamp(max=self.max_norm**2)
         row, steps = self.plan(x.dtype)
         coefficients = INVERSE_ROOT_SERIES[row]
         identity = identity_like(x)
         # Z -> A^{-1/2} with A = K/centre, in the coupled, stable form: A_n = Z_n A Z_n.
-        a = gram / centre
+        a = (y.mT @ y) / centre
         factor = _polynomial(coefficients, identity - a)
         z = factor
         for _ in range(steps - 1):

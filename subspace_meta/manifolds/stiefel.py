@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, symmetric_part
+from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, subtract_product, symmetric_part
 from subspace_meta.manifolds.retractions import (
     CholeskyQR,
     OrthonormalRetraction,
@@ -40,7 +40,7 @@ def stiefel_dimension(shape: tuple[int, ...]) -> int:
 def stiefel_projection(x: Tensor, v: Tensor) -> Tensor:
     """Return V - X sym(X^T V), in the type of ``x``. 4dp^2 flops."""
     v = v.to(x.dtype)
-    return v - x @ symmetric_part(x.mT @ v)
+    return subtract_product(v, x, symmetric_part(x.mT @ v))
 
 
 def nearest_orthonormal(x: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def random_orthonormal(
     device: torch.device | str | None,
 ) -> Tensor:
     """Draw orthonormal columns from the uniform (Haar) distribution: QR of a normal matrix with positive diagonal."""
-    return positive_qr(torch.randn(shape, generator=generator, dtype=dtype, device=device))
+    # Row-major: LAPACK returns columns, and every later addition to a row-major gradient would be slow.
+    return positive_qr(torch.randn(shape, generator=generator, dtype=dtype, device=device)).contiguous()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ def test_checks_pass(case, dtype):
     assert len(report.results) == 17
     if dtype == torch.float64:
         # What is exact in closed form is exact to a few roundings, well below what the checks allow a user.
-        sharp = [r for r in report.results if not r.skipped and r.name not in ("long steps", "derivatives", "dimension")]
+        sharp = [
+            r for r in report.results if not r.skipped and r.name not in ("long steps", "derivatives", "dimension")
+        ]
         assert max(r.measured for r in sharp if r.allowed == 1000 * torch.finfo(dtype).eps) < 5e-14
 
 
@@ -34,7 +36,10 @@ def test_checks_pass(case, dtype):
 def test_claimed_order_is_the_measured_one(case):
     manifold, shape = case
     sample = draw(manifold, shape, generator=seeded(3))
-    errors = [gap(manifold, manifold.retract(sample.x, t * sample.v), manifold.exp(sample.x, t * sample.v)) for t in SLOPE_WINDOW]
+    errors = [
+        gap(manifold, manifold.retract(sample.x, t * sample.v), manifold.exp(sample.x, t * sample.v))
+        for t in SLOPE_WINDOW
+    ]
     measured = slope(SLOPE_WINDOW, errors, 1e-14)
     if manifold.retraction_order == math.inf:
         assert measured is None
@@ -53,7 +58,7 @@ def test_long_steps_stay_on_the_manifold(case):
             y = manifold.retract(x, step_of_norm(manifold, x, length, rank))
             assert y.isfinite().all()
             assert manifold.violation(y.double()).max() <= bound, (length, rank)
-            gradient = torch.func.grad(lambda v: manifold.retract(x, v).square().sum())(  # noqa: B023
+            gradient = torch.func.grad(lambda v: manifold.retract(x, v).square().sum())(
                 step_of_norm(manifold, x, length)
             )
             assert gradient.isfinite().all(), length
@@ -122,7 +127,9 @@ def test_transforms_of_one_step(case):
         return ((manifold.transport(x, y, v) + y - target) ** 2).sum()
 
     one_by_one = torch.stack([torch.func.grad(loss, 1)(x[i], v[i], target[i]) for i in range(len(x))])
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss, 1))(x, v, target), one_by_one, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(loss, 1))(x, v, target), one_by_one, rtol=1e-12, atol=1e-12
+    )
     hessian = torch.func.jacrev(torch.func.grad(loss, 1), 1)(x[0], v[0], target[0]).flatten(2).flatten(0, 1)
     assert hessian.isfinite().all()
     torch.testing.assert_close(hessian, hessian.mT, rtol=1e-9, atol=1e-9)

@@ -46,11 +46,19 @@ def test_twenty_thousand_steps(case):
     assert manifold.violation(x.double()).max() <= bound(manifold)
 
 
+@every_case
+def test_a_hundred_steps_that_are_all_too_long(case):
+    manifold, shape = case
+    x = walk(manifold, shape, 100, 100.0)
+    assert manifold.violation(x.double()).max() <= 8e-6
+
+
 @pytest.mark.slow
 @every_case
-def test_two_thousand_steps_that_are_all_too_long(case):
+@pytest.mark.parametrize("length", [3.0, 30.0, 1e6])
+def test_two_thousand_steps_that_are_all_too_long(case, length):
     manifold, shape = case
-    x = walk(manifold, shape, 2_000, 100.0)
+    x = walk(manifold, shape, 2_000, length)
     assert manifold.violation(x.double()).max() <= 8e-6
 
 
