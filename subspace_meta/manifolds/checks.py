@@ -323,7 +323,9 @@ def check_long_steps(sample: Sample, lengths: Sequence[float] = LONG_STEPS) -> C
     m, x = sample.manifold, sample.x
     left, right = sample.ambient[..., :, :1], sample.ambient[..., :1, :]
     directions = (sample.v, unit(m, x, m.project(x, left @ right)))
-    worst = _largest([m.violation(m.retract(x, length * v)).max() for v in directions for length in lengths])
+    ends = [m.retract(x, length * v) for v in directions for length in lengths]
+    # Relative to the size of the point: on a manifold without bound it may have gone far.
+    worst = _largest([m.violation(y).max() / y.abs().max().clamp(min=1.0) for y in ends])
     return CheckResult("long steps", worst, sample.tolerance, f"lengths up to {max(lengths):g}")
 
 

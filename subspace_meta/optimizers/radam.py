@@ -66,7 +66,7 @@ class RAdam:
         moved, momenta, energies = [], [], []
         groups = zip(self.geometry.groups, points, gradients, state.momentum, state.energy, strict=True)
         for group, x, r, momentum, energy in groups:
-            momentum = beta1 * momentum + (1 - beta1) * r
+            momentum = torch.lerp(momentum, r, 1 - beta1)
             energy = beta2 * energy + (1 - beta2) * group.manifold.inner(x, r, r) / (r.shape[-2] * r.shape[-1])
             denominator = (energy / correction2).sqrt() + self.eps
             tangent = (-self.lr / correction1 / denominator)[..., None, None] * momentum
