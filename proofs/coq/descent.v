@@ -4,7 +4,7 @@
 (* coordinates of the canonical metric the same scales can ascend.            *)
 From mathcomp Require Import all_ssreflect fingroup perm all_algebra.
 From mathcomp Require Import ring.
-From SubspaceMeta Require Import matrices stiefel.
+From SubspaceMeta Require Import matrices stiefel rational.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -193,3 +193,75 @@ by rewrite ltNge total.
 Qed.
 
 End Decrease.
+
+Section AmbientCounterExample.
+
+(* The bounds above fail in ambient coordinates of the canonical metric. Here *)
+(* one row scale of 100 against 1 turns the direction uphill: the linear      *)
+(* function <G, .> increases along the step to first order. (A ratio above    *)
+(* 17 + 12 sqrt 2 is needed; see the statement.)                              *)
+Definition ambient_point : 'M[rat]_(3, 2) :=
+  5%:R^-1 *: integer_matrix 3 2 [:: [:: 3; 0]; [:: -4; 0]; [:: 0; 5]].
+Definition ambient_gradient : 'M[rat]_(3, 2) :=
+  integer_matrix 3 2 [:: [:: 0; 1]; [:: 0; 7]; [:: 5; 0]].
+Definition ambient_riemannian : 'M[rat]_(3, 2) :=
+  integer_matrix 3 2 [:: [:: 0; -2]; [:: 0; 11]; [:: 10; 0]].
+Definition ambient_scale (i : 'I_3) : rat := if i == 0 then 100%:R else 1.
+Definition ambient_scaled : 'M[rat]_(3, 2) :=
+  integer_matrix 3 2 [:: [:: 0; -200]; [:: 0; 11]; [:: 10; 0]].
+
+Lemma ambient_on_stiefel : orthonormal_columns ambient_point.
+Proof. by compute_entries. Qed.
+
+Lemma ambient_tangent : tangent ambient_point ambient_riemannian.
+Proof. by compute_entries. Qed.
+
+Lemma ambient_gradientE :
+  canonical_gradient ambient_point ambient_gradient = ambient_riemannian.
+Proof.
+have inner_product : ambient_gradient^T *m ambient_point =
+    integer_matrix 2 2 [:: [:: 0; 5]; [:: -5; 0]] by compute_entries.
+rewrite /canonical_gradient inner_product; apply/eqP; rewrite subr_eq; apply/eqP.
+by compute_entries.
+Qed.
+
+Lemma ambient_scaledE :
+  scale_both ambient_scale (fun=> 1) ambient_riemannian = ambient_scaled.
+Proof.
+apply/matrixP=> i j; rewrite !mxE /ambient_scale.
+by case: i => [[|[|[|//]]] ?]; case: j => [[|[|//]] ?]; apply/eqP; vm_compute.
+Qed.
+
+Lemma ambient_slope :
+  canonical_inner ambient_point ambient_riemannian ambient_scaled = - 73%:R.
+Proof.
+have first : ambient_point^T *m ambient_riemannian =
+    integer_matrix 2 2 [:: [:: 0; -10]; [:: 10; 0]] by compute_entries.
+have second : ambient_point^T *m ambient_scaled =
+    5%:R^-1 *: integer_matrix 2 2 [:: [:: 0; -644]; [:: 50; 0]] by compute_entries.
+rewrite canonical_innerE first second innerZr !inner_sum.
+by rewrite !big_ord_recl !big_ord0 !mxE /=; apply/eqP; vm_compute.
+Qed.
+
+Theorem ambient_scaling_can_ascend :
+  exists (X G : 'M[rat]_(3, 2)) (l : 'I_3 -> rat),
+  let R := canonical_gradient X G in
+  let D := scale_both l (fun=> 1) R in
+  [/\ orthonormal_columns X, forall i, 1 <= l i <= 100%:R,
+      canonical_inner X R (project X D) < 0 &
+      0 < inner G (- project X D)].
+Proof.
+exists ambient_point, ambient_gradient, ambient_scale => R D.
+have oX := ambient_on_stiefel.
+have slope : canonical_inner ambient_point R (project ambient_point D) = - 73%:R.
+  rewrite -project_canonically_self_adjoint // /R ambient_gradientE.
+  rewrite (project_fixes_tangent ambient_tangent).
+  by rewrite /D /R ambient_gradientE ambient_scaledE ambient_slope.
+have riesz : inner ambient_gradient (project ambient_point D) = - 73%:R.
+  by rewrite -(canonical_riesz _ oX (project_tangent _ oX)) slope.
+split=> //; first by move=> i; rewrite /ambient_scale; case: (i == 0).
+  by rewrite slope.
+by rewrite innerNr riesz.
+Qed.
+
+End AmbientCounterExample.

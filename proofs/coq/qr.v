@@ -2,7 +2,7 @@
 (* permutations, so a QR update is not equivariant; polar and Cayley are.     *)
 From mathcomp Require Import all_ssreflect fingroup perm all_algebra.
 From mathcomp Require Import ring.
-From SubspaceMeta Require Import matrices stiefel.
+From SubspaceMeta Require Import matrices stiefel rational.
 
 Set Implicit Arguments.
 Unset Strict Implicit.
@@ -42,15 +42,8 @@ End QR.
 
 Section CounterExample.
 
-Local Open Scope nat_scope.
-
 (* A point of St(5, 2), a tangent there, both over the rationals; all QR      *)
 (* factors involved are rational.                                             *)
-Definition integer_matrix d p (entries : seq (seq int)) : 'M[rat]_(d, p) :=
-  \matrix_(i, j) ((nth 0%R (nth [::] entries i) j)%:~R)%R.
-
-Local Open Scope ring_scope.
-
 Definition example_point : 'M[rat]_(5, 2) := integer_matrix 5 2
   [:: [:: 1; 0]; [:: 0; 1]; [:: 0; 0]; [:: 0; 0]; [:: 0; 0]].
 Definition example_tangent : 'M[rat]_(5, 2) := integer_matrix 5 2
@@ -58,21 +51,21 @@ Definition example_tangent : 'M[rat]_(5, 2) := integer_matrix 5 2
 
 Definition example_swap : 'S_2 := tperm 0 1.
 
-(* The QR factor of the step, and of the step with its columns swapped.       *)
-Definition example_qr : 'M[rat]_(5, 2) := integer_matrix 5 2
-  [:: [:: 3; -4]; [:: 0; 2]; [:: 3; 4]; [:: 3; 0]; [:: 3; 0]] *m
-  diag_mx (\row_j 6%:R^-1).
-Definition example_qr_swapped : 'M[rat]_(5, 2) := integer_matrix 5 2
-  [:: [:: 0; 25]; [:: 6; -8]; [:: 24; -7]; [:: 12; 9]; [:: 12; 9]] *m
-  diag_mx (\row_j 30%:R^-1).
+(* The QR factor of the step, and of the step with its columns swapped, up to *)
+(* the factors 1/6 and 1/30: computing with whole numbers is what is quick.   *)
+Definition example_whole : 'M[rat]_(5, 2) := integer_matrix 5 2
+  [:: [:: 3; -4]; [:: 0; 2]; [:: 3; 4]; [:: 3; 0]; [:: 3; 0]].
+Definition example_whole_swapped : 'M[rat]_(5, 2) := integer_matrix 5 2
+  [:: [:: 0; 25]; [:: 6; -8]; [:: 24; -7]; [:: 12; 9]; [:: 12; 9]].
+Definition example_qr : 'M[rat]_(5, 2) := 6%:R^-1 *: example_whole.
+Definition example_qr_swapped : 'M[rat]_(5, 2) := 30%:R^-1 *: example_whole_swapped.
 
-(* Every claim about the example is a finite list of rational identities.     *)
-Ltac compute_entries :=
-  let i := fresh "i" in let j := fresh "j" in
-  apply/matrixP=> i j; rewrite !mxE !big_ord_recl big_ord0 !mxE;
-  case: i => [[|[|[|[|[|//]]]]] ?] //=; case: j => [[|[|//]] ?] //=;
-  rewrite ?mul_mx_diag ?mxE ?big_ord_recl ?big_ord0 ?mxE /=;
-  apply/eqP; vm_compute.
+Lemma scaled_orthonormal (c : rat) (N : 'M[rat]_(5, 2)) :
+  c != 0 -> N^T *m N = c ^+ 2 *: 1%:M -> orthonormal_columns (c^-1 *: N).
+Proof.
+move=> c_neq0 square; rewrite /orthonormal_columns trmxZ -scalemxAl -scalemxAr.
+by rewrite square !scalerA -[RHS]scale1r; congr (_ *: _); field.
+Qed.
 
 Lemma example_point_on_stiefel : orthonormal_columns example_point.
 Proof. by compute_entries. Qed.
@@ -82,17 +75,20 @@ Proof. by compute_entries. Qed.
 
 Definition example_triangle : 'M[rat]_2 :=
   integer_matrix 2 2 [:: [:: 2; 4]; [:: 0; 3]].
-Definition example_triangle_swapped : 'M[rat]_2 := integer_matrix 2 2
-  [:: [:: 25; 8]; [:: 0; 6]] *m diag_mx (\row_j 5%:R^-1).
+Definition example_whole_triangle : 'M[rat]_2 :=
+  integer_matrix 2 2 [:: [:: 25; 8]; [:: 0; 6]].
+Definition example_triangle_swapped : 'M[rat]_2 := 5%:R^-1 *: example_whole_triangle.
 
 Lemma example_is_qr :
   is_qr (example_point + example_tangent) example_qr example_triangle.
 Proof.
 split.
-- by compute_entries.
+- by apply: scaled_orthonormal => //; compute_entries.
 - by move=> [[|[|//]] ?] [[|[|//]] ?]; rewrite // mxE.
 - by move=> [[|[|//]] ?]; rewrite mxE.
-by compute_entries.
+have whole : example_whole *m example_triangle =
+             6%:R *: (example_point + example_tangent) by compute_entries.
+by rewrite -scalemxAl whole scalerA mulVf // scale1r.
 Qed.
 
 Lemma example_swapped_step :
@@ -111,10 +107,14 @@ Lemma example_is_qr_swapped :
     example_qr_swapped example_triangle_swapped.
 Proof.
 rewrite example_swapped_step; split.
-- by compute_entries.
-- by move=> [[|[|//]] ?] [[|[|//]] ?]; rewrite // /example_triangle_swapped mul_mx_diag !mxE mul0r.
-- by move=> [[|[|//]] ?]; rewrite /example_triangle_swapped mul_mx_diag !mxE.
-by compute_entries.
+- by apply: scaled_orthonormal => //; compute_entries.
+- by move=> [[|[|//]] ?] [[|[|//]] ?]; rewrite // !mxE mulr0.
+- by move=> [[|[|//]] ?]; rewrite !mxE.
+set A := integer_matrix 5 2 _.
+have whole : example_whole_swapped *m example_whole_triangle =
+             (30%:R * 5%:R) *: A by compute_entries.
+rewrite -scalemxAl -scalemxAr whole !scalerA.
+by rewrite -[LHS]scale1r; congr (_ *: _); apply/eqP; vm_compute.
 Qed.
 
 (* Retracting the swapped step by QR is not swapping the retracted step.      *)
