@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from subspace_kernels import rank2
 from torch import Tensor
 
 from subspace_meta.adapter.features import TINY, clock, cosine, log_ratio
@@ -194,7 +195,7 @@ class BaseAdapter:
             pooled = matrix_mean(rows[1:], d) + matrix_mean(columns[1:], p)
             length = torch.sigmoid(weights["length.bias"] + c @ weights["length.skip"] + pooled[0])
             mix = torch.sigmoid(weights["mix.bias"] + pooled[1])[..., None, None]
-            direction = torch.exp(rows[0])[..., :, None] * (r + mix * (m - r)) * torch.exp(columns[0])[..., None, :]
+            direction = rank2(torch.lerp(r, m, mix), torch.exp(rows[0]), torch.exp(columns[0]))
             mean_square = direction.square().sum(dim=(-2, -1), keepdim=True) / (d * p)
             factor = length[..., None, None] / (mean_square + TINY).sqrt() / d**0.5
             updates.append(-factor * direction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from subspace_kernels import cross
 from torch import Tensor
 
 
@@ -17,9 +18,9 @@ def cross_means(a: Tensor, b: Tensor, size: tuple[int, int] | None = None) -> tu
         statistics of the subspace adaptation paper (arXiv 2501.15235), as means, so that they do not depend on size.
         Cost: one pass over A and B.
     """
-    product = a * b
-    d, p = size or product.shape[-2:]
-    return product.sum(dim=-1) / p, product.sum(dim=-2) / d
+    d, p = size or a.shape[-2:]
+    rows, columns = cross(a, b)
+    return rows / p, columns / d
 
 
 def matrix_mean(values: Tensor, count: int) -> Tensor:
