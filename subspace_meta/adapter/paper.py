@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from subspace_kernels import rank2
 from torch import Tensor
 
 from subspace_meta.adapter.features import TINY
@@ -116,7 +117,5 @@ class PaperAdapter:
         columns = [v - matrix_mean(v, p)[..., None] + 1 for v, (_, p) in zip(columns, sizes, strict=True)]
         maximum = torch.maximum(state.maximum, layout.pack(rows, columns))
         rows, columns = layout.unpack(maximum)
-        updates = [
-            -scale[..., :, None] * r * k[..., None, :] for scale, r, k in zip(rows, scaled, columns, strict=True)
-        ]
+        updates = [-rank2(r, scale, k) for scale, r, k in zip(rows, scaled, columns, strict=True)]
         return updates, PaperState(torch.stack(hidden), torch.stack(cell), maximum)
