@@ -184,9 +184,43 @@ def trace(a: Tensor) -> Tensor:
     return torch.diagonal(a, dim1=-2, dim2=-1).sum(dim=-1)
 
 
+# Below this many columns one product is faster than four smaller ones (measured on one core: 256).
+_BLOCKED_FROM = 256
+
+
+def column_blocks(p: int) -> list[tuple[int, int]]:
+    """Return start and end of the blocks in which wide triangular products are done: up to four, or one."""
+    width = p if p < _BLOCKED_FROM else 64 * -(-p // 256)
+    return [(start, min(start + width, p)) for start in range(0, p, width)]
+
+
+def gram(y: Tensor) -> Tensor:
+    """Return Y^T Y of a ``(..., d, p)`` tensor; for wide p only blocks on and below the diagonal are multiplied.
+
+    2dp^2 flops, from 256 columns on 5/4 dp^2.
+    """
+    blocks = column_blocks(y.shape[-1])
+    if len(blocks) == 1:
+        return y.mT @ y
+    lower = [y[..., start:end].mT @ y[..., :end] for start, end in blocks]
+    rows = []
+    for i, row in enumerate(lower):
+        above = [lower[j][..., blocks[i][0] : blocks[i][1]].mT for j in range(i + 1, len(blocks))]
+        rows.append(torch.cat([row, *above], dim=-1))
+    return torch.cat(rows, dim=-2)
+
+
+def times_upper(y: Tensor, u: Tensor) -> Tensor:
+    """Return YU of a ``(..., d, p)`` and an upper triangular tensor; 2dp^2 flops, from 256 columns on 5/4 dp^2."""
+    blocks = column_blocks(y.shape[-1])
+    if len(blocks) == 1:
+        return y @ u
+    return torch.cat([y[..., :end] @ u[..., :end, start:end] for start, end in blocks], dim=-1)
+
+
 def gram_error(x: Tensor) -> Tensor:
     """Return the largest absolute entry of X^T X - I, of shape ``(...)``."""
-    return (x.mT @ x - identity_like(x)).abs().amax(dim=(-2, -1))
+    return (gram(x) - identity_like(x)).abs().amax(dim=(-2, -1))
 
 
 def spectral_bound(a: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ here: a polar factor by SVD or by the eigenvectors of the Gram matrix has NaN de
 retraction            order (embedded, canonical  steps longer than this are    cost in flops beside the d x p
                       metric, Grassmann, SO(n))   shortened to it               additions
 ====================  ==========================  ============================  ===================================
-CholeskyQR            1, 1, 2, 1                  |V|_F = 10                    3dp^2 + p^3/3
+CholeskyQR            1, 1, 2, 1                  |V|_F = 10                    4dp^2 + p^3 (p >= 256: 5/2 dp^2)
 HouseholderQR         1, 1, 2, 1                  none                          4dp^2, in LAPACK's slower kernels
 PolarNewtonSchulz     2, 1, 2, 2                  |V|_2 = 2                     6dp^2 + 18p^3 (float64: 24p^3)
-Cayley                1, 2, 2, 2                  |V|_2 = 10                    14dp^2 + 2p^3/3; d = p: 11p^3
+Cayley                1, 2, 2, 2                  |V|_2 = 10                    14dp^2 + 2p^3; d = p: 13p^3
 Geodesic              exact in its metric         |V|_2 = 10                    16dp^2 and exp of 2p x 2p; d = p:
                                                                                 6p^3 and exp of p x p
 ====================  ==========================  ============================  ===================================
@@ -40,7 +40,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import identity_like, skew_part, spectral_bound
+from subspace_meta.manifolds.base import gram, identity_like, skew_part, spectral_bound, times_upper
 from subspace_meta.manifolds.matrix_functions import matrix_exponential
 
 
@@ -71,8 +71,8 @@ def positive_qr(y: Tensor) -> Tensor:
 
 
 def newton_schulz_step(y: Tensor) -> Tensor:
-    """Return Y (3I - Y^T Y) / 2: an orthonormality error e becomes 3e^2/8 + O(e^3). 4dp^2 flops."""
-    return y @ (1.5 * identity_like(y) - 0.5 * (y.mT @ y))
+    """Return Y (3I - Y^T Y) / 2: an error e of Y^T Y - I becomes 3e^2/4 + O(e^3). 4dp^2 flops."""
+    return y @ (1.5 * identity_like(y) - 0.5 * gram(y))
 
 
 def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
@@ -86,14 +86,14 @@ def _shortened(v: Tensor, max_norm: float) -> Tensor:
 
     |V|_2 is bounded by :func:`~subspace_meta.manifolds.base.spectral_bound` of V^T V: never too small.
     """
-    return v * _squared_scale(spectral_bound(v.mT @ v), max_norm).sqrt()
+    return v * _squared_scale(spectral_bound(gram(v)), max_norm).sqrt()
 
 
 @dataclass(frozen=True)
 class CholeskyQR(OrthonormalRetraction):
     """The QR retraction (orthonormal factor, positive diagonal) through the Cholesky factor of the Gram matrix.
 
-    1.4 to 2 times faster than Householder QR, smooth everywhere. Steps with Frobenius norm above ``max_norm`` are
+    Up to twice as fast as Householder QR, smooth everywhere. Steps with Frobenius norm above ``max_norm`` are
     shortened to it (see the module's text): that is the step's length in the metric, never less than the spectral
     norm, and costs one pass over V where the spectral norm would cost another Gram matrix. At the bound the float32
     orthonormality error is at most 5e-6, for a step of rank one; for one of full rank it is 1e-6.
@@ -109,7 +109,11 @@ class CholeskyQR(OrthonormalRetraction):
         squared_norm = v.square().sum(dim=(-2, -1), keepdim=True)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
-        factor = torch.linalg.cholesky_ex(y.mT @ y).L
+        factor = torch.linalg.cholesky_ex(gram(y)).L
+        if y.shape[-2] >= 2 * y.shape[-1]:
+            # The inverse of a small, well conditioned factor and a product: 2 to 4 times faster than the tall solve.
+            inverse = torch.linalg.solve_triangular(factor.mT, identity_like(y), upper=True)
+            return times_upper(y, inverse)
         # Q L^T = Y, hence L Q^T = Y^T.
         q: Tensor = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
         return q
@@ -180,21 +184,21 @@ def inverse_root_plan(max_norm: float, tolerance: float) -> tuple[int, int]:
     return row, steps
 
 
-def _polynomial(coefficients: tuple[float, ...], r: Tensor) -> Tensor:
-    """Evaluate a polynomial of degree 2s (or 1) at a p x p matrix with s (or 0) products."""
+def _series_minus_one(coefficients: tuple[float, ...], r: Tensor) -> Tensor:
+    """Evaluate q(R) - I, for the polynomial of degree 2s (or 1) of that row, with s (or 0) products."""
     if len(coefficients) == 2:
-        return torch.add(coefficients[0] * identity_like(r), r, alpha=coefficients[1])
+        return coefficients[1] * r
     half = len(coefficients) // 2
-    powers = [identity_like(r), r]
-    while len(powers) <= half:
+    powers = [r]
+    while len(powers) < half:
         powers.append(powers[-1] @ r)
-    low = coefficients[0] * powers[0]
-    for coefficient, power in zip(coefficients[1:half], powers[1:], strict=False):
+    low = coefficients[1] * r if half > 1 else torch.zeros_like(r)
+    for coefficient, power in zip(coefficients[2:half], powers[1:], strict=False):
         low = torch.add(low, power, alpha=coefficient)
-    high = coefficients[half] * powers[0]
-    for coefficient, power in zip(coefficients[half + 1 :], powers[1:], strict=False):
+    high = coefficients[half] * identity_like(r)
+    for coefficient, power in zip(coefficients[half + 1 :], powers, strict=True):
         high = torch.add(high, power, alpha=coefficient)
-    return low + powers[half] @ high
+    return low + powers[-1] @ high
 
 
 @dataclass(frozen=True)
@@ -238,22 +242,26 @@ class PolarNewtonSchulz(OrthonormalRetraction):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthogonal polar factor of X+V."""
         v = v.to(x.dtype)
-        squared_norm = spectral_bound(v.mT @ v)
+        squared_norm = spectral_bound(gram(v))
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
-        # The limit does not depend on the centre, so its derivative is left out.
-        centre = 1.0 + 0.5 * squared_norm.detach().clamp(max=self.max_norm**2)
+        # The limit does not depend on the centre 1 + h, so its derivative is left out.
+        half_width = 0.5 * squared_norm.detach().clamp(max=self.max_norm**2)
+        centre = 1.0 + half_width
         row, steps = self.plan(x.dtype)
         coefficients = INVERSE_ROOT_SERIES[row]
         identity = identity_like(x)
-        # Z -> A^{-1/2} with A = K/centre, in the coupled, stable form: A_n = Z_n A Z_n.
-        a = (y.mT @ y) / centre
-        factor = _polynomial(coefficients, identity - a)
-        z = factor
+        # With A = K/centre and Z -> A^{-1/2}, the residual R = I - ZAZ goes to 0. Everything is kept as its difference
+        # from I (Z = I + z, q(R) = I + e): products of what is small round little, and 1 - 1e-8 would be lost.
+        r = (half_width * identity - (gram(y) - identity)) / centre
+        e = _series_minus_one(coefficients, r)
+        z = e
         for _ in range(steps - 1):
-            a = factor @ a @ factor
-            factor = _polynomial(coefficients, identity - a)
-            z = z @ factor
-        return y @ (z * centre.rsqrt())
+            # (I + e) (I - R) (I + e) = I - R', all commuting.
+            squared = 2.0 * e + e @ e
+            r = r - squared + r @ squared
+            e = _series_minus_one(coefficients, r)
+            z = z + e + z @ e
+        return (y + y @ z) * centre.rsqrt()
 
 
 @dataclass(frozen=True)
@@ -279,18 +287,18 @@ class Cayley(OrthonormalRetraction):
         """Return the Cayley transform of W applied to X, polished."""
         v = v.to(x.dtype)
         identity = identity_like(x)
-        gram = v.mT @ v
-        squared_scale = _squared_scale(spectral_bound(gram), self.max_norm)
+        inner = gram(v)
+        squared_scale = _squared_scale(spectral_bound(inner), self.max_norm)
         scale = squared_scale.sqrt()
         a = scale * skew_part(x.mT @ v)
         if x.shape[-2] == x.shape[-1]:
             right, left = identity - 0.5 * a, 2.0 * x
         else:
             # N^T N = V^T V - A^T A, and 2X + N = V + X (2I - A).
-            right = identity + 0.25 * (squared_scale * gram + a @ a) - 0.5 * a
+            right = identity + 0.25 * (squared_scale * inner + a @ a) - 0.5 * a
             left = torch.addcmul(x @ (2.0 * identity - a), scale, v)
-        y: Tensor = torch.linalg.solve(right, left, left=False) - x
-        return newton_schulz_step(y)
+        # The inverse and a product: a solve with a tall right-hand side takes twice as long.
+        return newton_schulz_step(left @ torch.linalg.inv(right) - x)
 
 
 # How far the exponential maps follow a geodesic accurately: |V|_2 in radians, ten times around.
@@ -323,9 +331,9 @@ def canonical_geodesic(x: Tensor, v: Tensor, max_norm: float = GEODESIC_NORM) ->
 def _geodesic_block(x: Tensor, n: Tensor, a: Tensor, corner: Tensor, max_norm: float) -> Tensor:
     """Return [X, N] exp([[A, -N^T N], [I, corner]]) [I; 0], balanced by writing N as s (N/s)."""
     p = x.shape[-1]
-    gram = n.mT @ n
-    size = spectral_bound(gram).detach().clamp(min=1.0).sqrt()
-    top = torch.cat([a, -gram / size], dim=-1)
+    inner = gram(n)
+    size = spectral_bound(inner).detach().clamp(min=1.0).sqrt()
+    top = torch.cat([a, -inner / size], dim=-1)
     bottom = torch.cat([size * identity_like(x).expand_as(a), corner], dim=-1)
     # |A|, |N| and hence the balanced off-diagonal blocks are at most |V|, or 1.
     exponential = matrix_exponential(torch.cat([top, bottom], dim=-2), 2.0 * max(1.0, max_norm))[..., :p]
