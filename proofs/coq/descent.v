@@ -197,32 +197,49 @@ End Decrease.
 Section AmbientCounterExample.
 
 (* The bounds above fail in ambient coordinates of the canonical metric. Here *)
-(* one row scale of 100 against 1 turns the direction uphill: the linear      *)
+(* one row scale of 64 against 1 turns the direction uphill: the linear      *)
 (* function <G, .> increases along the step to first order. (A ratio above    *)
 (* 17 + 12 sqrt 2 is needed; see the statement.)                              *)
-Definition ambient_point : 'M[rat]_(3, 2) :=
-  5%:R^-1 *: integer_matrix 3 2 [:: [:: 3; 0]; [:: -4; 0]; [:: 0; 5]].
+Definition ambient_whole : 'M[rat]_(3, 2) :=
+  integer_matrix 3 2 [:: [:: 3; 0]; [:: -4; 0]; [:: 0; 5]].
+Definition ambient_point : 'M[rat]_(3, 2) := 5%:R^-1 *: ambient_whole.
 Definition ambient_gradient : 'M[rat]_(3, 2) :=
   integer_matrix 3 2 [:: [:: 0; 1]; [:: 0; 7]; [:: 5; 0]].
 Definition ambient_riemannian : 'M[rat]_(3, 2) :=
   integer_matrix 3 2 [:: [:: 0; -2]; [:: 0; 11]; [:: 10; 0]].
-Definition ambient_scale (i : 'I_3) : rat := if i == 0 then 100%:R else 1.
+Definition ambient_scale (i : 'I_3) : rat := if i == 0 then 64%:R else 1.
 Definition ambient_scaled : 'M[rat]_(3, 2) :=
-  integer_matrix 3 2 [:: [:: 0; -200]; [:: 0; 11]; [:: 10; 0]].
+  integer_matrix 3 2 [:: [:: 0; -128]; [:: 0; 11]; [:: 10; 0]].
 
 Lemma ambient_on_stiefel : orthonormal_columns ambient_point.
+Proof.
+have whole : ambient_whole^T *m ambient_whole = 25%:R *: 1%:M by compute_entries.
+rewrite /orthonormal_columns /ambient_point trmxZ -scalemxAl -scalemxAr whole.
+by rewrite !scalerA -[RHS]scale1r; congr (_ *: _); apply/eqP; vm_compute.
+Qed.
+
+Lemma ambient_normal_part : ambient_whole^T *m ambient_riemannian =
+  25%:R *: integer_matrix 2 2 [:: [:: 0; -2]; [:: 2; 0]].
 Proof. by compute_entries. Qed.
 
 Lemma ambient_tangent : tangent ambient_point ambient_riemannian.
-Proof. by compute_entries. Qed.
+Proof.
+rewrite /tangent /is_skew /ambient_point trmxZ -scalemxAl ambient_normal_part.
+rewrite !trmxZ -!scalerN; congr (_ *: (_ *: _)); apply/matrixP=> i j; rewrite !mxE.
+by case: i => [[|[|//]] ?]; case: j => [[|[|//]] ?].
+Qed.
 
 Lemma ambient_gradientE :
   canonical_gradient ambient_point ambient_gradient = ambient_riemannian.
 Proof.
-have inner_product : ambient_gradient^T *m ambient_point =
-    integer_matrix 2 2 [:: [:: 0; 5]; [:: -5; 0]] by compute_entries.
-rewrite /canonical_gradient inner_product; apply/eqP; rewrite subr_eq; apply/eqP.
-by compute_entries.
+have inside : ambient_gradient^T *m ambient_whole =
+    integer_matrix 2 2 [:: [:: 0; 25]; [:: -25; 0]] by compute_entries.
+have outside : ambient_whole *m integer_matrix 2 2 [:: [:: 0; 25]; [:: -25; 0]] =
+    25%:R *: (ambient_gradient - ambient_riemannian) by compute_entries.
+rewrite /canonical_gradient /ambient_point -scalemxAr inside -scalemxAl -scalemxAr.
+rewrite outside !scalerA; set c := (X in X *: _).
+have -> : c = 1 by apply/eqP; vm_compute.
+by rewrite scale1r opprB addrC subrK.
 Qed.
 
 Lemma ambient_scaledE :
@@ -233,31 +250,38 @@ by case: i => [[|[|[|//]]] ?]; case: j => [[|[|//]] ?]; apply/eqP; vm_compute.
 Qed.
 
 Lemma ambient_slope :
-  canonical_inner ambient_point ambient_riemannian ambient_scaled = - 73%:R.
+  canonical_inner ambient_point ambient_riemannian ambient_scaled = - 1.
 Proof.
-have first : ambient_point^T *m ambient_riemannian =
-    integer_matrix 2 2 [:: [:: 0; -10]; [:: 10; 0]] by compute_entries.
-have second : ambient_point^T *m ambient_scaled =
-    5%:R^-1 *: integer_matrix 2 2 [:: [:: 0; -644]; [:: 50; 0]] by compute_entries.
-rewrite canonical_innerE first second innerZr !inner_sum.
-by rewrite !big_ord_recl !big_ord0 !mxE /=; apply/eqP; vm_compute.
+have scaled_part : ambient_whole^T *m ambient_scaled =
+    2%:R *: integer_matrix 2 2 [:: [:: 0; -214]; [:: 25; 0]] by compute_entries.
+have point_part (V : 'M[rat]_(3, 2)) :
+    ambient_point^T *m V = 5%:R^-1 *: (ambient_whole^T *m V).
+  by rewrite /ambient_point trmxZ -scalemxAl.
+have lengths : inner ambient_riemannian ambient_scaled = 477%:R.
+  by rewrite !inner_sum !big_ord_recl !big_ord0 !mxE /=; apply/eqP; vm_compute.
+have normal_lengths : inner (integer_matrix 2 2 [:: [:: 0; -2]; [:: 2; 0]])
+    (integer_matrix 2 2 [:: [:: 0; -214]; [:: 25; 0]]) = 478%:R.
+  by rewrite !inner_sum !big_ord_recl !big_ord0 !mxE /=; apply/eqP; vm_compute.
+rewrite canonical_innerE !point_part ambient_normal_part scaled_part.
+rewrite !innerZl !innerZr lengths normal_lengths.
+by apply/eqP; vm_compute.
 Qed.
 
 Theorem ambient_scaling_can_ascend :
   exists (X G : 'M[rat]_(3, 2)) (l : 'I_3 -> rat),
   let R := canonical_gradient X G in
   let D := scale_both l (fun=> 1) R in
-  [/\ orthonormal_columns X, forall i, 1 <= l i <= 100%:R,
+  [/\ orthonormal_columns X, forall i, 1 <= l i <= 64%:R,
       canonical_inner X R (project X D) < 0 &
       0 < inner G (- project X D)].
 Proof.
 exists ambient_point, ambient_gradient, ambient_scale => R D.
 have oX := ambient_on_stiefel.
-have slope : canonical_inner ambient_point R (project ambient_point D) = - 73%:R.
+have slope : canonical_inner ambient_point R (project ambient_point D) = - 1.
   rewrite -project_canonically_self_adjoint // /R ambient_gradientE.
   rewrite (project_fixes_tangent ambient_tangent).
   by rewrite /D /R ambient_gradientE ambient_scaledE ambient_slope.
-have riesz : inner ambient_gradient (project ambient_point D) = - 73%:R.
+have riesz : inner ambient_gradient (project ambient_point D) = - 1.
   by rewrite -(canonical_riesz _ oX (project_tangent _ oX)) slope.
 split=> //; first by move=> i; rewrite /ambient_scale; case: (i == 0).
   by rewrite slope.
