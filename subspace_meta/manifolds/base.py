@@ -16,6 +16,8 @@ import abc
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import has_values
+
 
 class Manifold(abc.ABC):
     """A matrix manifold embedded in R^{d x p} (the contract; see the module's text).
@@ -165,11 +167,7 @@ def known_true(condition: Tensor) -> bool:
     It is known for plain CPU tensors only: not on a device (which would have to wait), under a transform, or in a
     trace. So it may choose a cheaper way to the same result, never another result.
     """
-    if type(condition) is not Tensor or condition.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(condition):
-        return False
-    return bool(condition.all())
+    return has_values(condition) and condition.device.type == "cpu" and bool(condition.all())
 
 
 def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Tensor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from subspace_meta._tracing import has_values
 from subspace_meta.geometry import Geometry, Params
 
 
@@ -55,11 +55,8 @@ def check_start(geometry: Geometry, params: Mapping[str, Tensor]) -> None:
     Values are looked at only outside of ``vmap`` and tracing, where they exist.
     """
     geometry.check(params)
-    if torch.compiler.is_compiling() or any(
-        torch._C._functorch.is_functorch_wrapped_tensor(x) for x in params.values()
-    ):
-        return
-    geometry.check_feasible(params)
+    if has_values(*params.values()):
+        geometry.check_feasible(params)
 
 
 def gather_gradients(

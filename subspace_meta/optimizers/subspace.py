@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from subspace_meta._tracing import is_compiling
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.network import Weights
@@ -63,7 +63,7 @@ class SubspaceOptimizer:
     preset: str | Adapter = "base"
 
     def __post_init__(self) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             if isinstance(self.preset, str) and self.preset not in PRESETS:
                 raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
             check_weights(self.adapter, self.weights)

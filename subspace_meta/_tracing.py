@@ -1,0 +1,19 @@
+"""Whether values can be looked at here: not in a trace, and not under a ``torch.func`` transform."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# torch.compiler.is_compiling came with torch 2.3
+is_compiling = getattr(torch.compiler, "is_compiling", torch._dynamo.is_compiling)
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Return whether all tensors are plain ones with values, so that a Python condition on them is meaningful."""
+    if is_compiling():
+        return False
+    return not any(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or type(tensor) not in (Tensor, torch.nn.Parameter)
+        for tensor in tensors
+    )
