@@ -16,8 +16,6 @@ import abc
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import has_values
-
 
 class Manifold(abc.ABC):
     """A matrix manifold embedded in R^{d x p} (the contract; see the module's text).
@@ -151,23 +149,14 @@ def identity_like(a: Tensor) -> Tensor:
 
 
 def euclidean_inner(u: Tensor, v: Tensor) -> Tensor:
-    """Return tr(U^T V) of ``(..., d, p)`` tensors, of shape ``(...)``, without a temporary of their size."""
-    product: Tensor = u.flatten(-2)[..., None, :] @ v.flatten(-2)[..., :, None]
-    return product[..., 0, 0]
+    """Return tr(U^T V) of ``(..., d, p)`` tensors of one type, of shape ``(...)``, without a temporary."""
+    inner: Tensor = torch.linalg.vecdot(u.flatten(-2), v.flatten(-2))
+    return inner
 
 
 def embedded_inner(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return tr(U^T V) in the type of the point ``x``: the metric of every embedded manifold."""
     return euclidean_inner(u.to(x.dtype), v.to(x.dtype))
-
-
-def known_true(condition: Tensor) -> bool:
-    """Return whether ``condition`` holds everywhere, where reading that costs nothing; ``False`` where it is unknown.
-
-    It is known for plain CPU tensors only: not on a device (which would have to wait), under a transform, or in a
-    trace. So it may choose a cheaper way to the same result, never another result.
-    """
-    return has_values(condition) and condition.device.type == "cpu" and bool(condition.all())
 
 
 def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Tensor:

@@ -40,7 +40,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import gram, identity_like, skew_part, spectral_bound, times_upper
+from subspace_meta.manifolds.base import (
+    euclidean_inner,
+    gram,
+    identity_like,
+    skew_part,
+    spectral_bound,
+    times_upper,
+)
 from subspace_meta.manifolds.matrix_functions import matrix_exponential
 
 
@@ -106,7 +113,7 @@ class CholeskyQR(OrthonormalRetraction):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return (X+V) L^{-T} with L L^T = (X+V)^T (X+V)."""
         v = v.to(x.dtype)
-        squared_norm = v.square().sum(dim=(-2, -1), keepdim=True)
+        squared_norm = euclidean_inner(v, v)[..., None, None]
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
         factor = torch.linalg.cholesky_ex(gram(y)).L
