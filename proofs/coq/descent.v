@@ -55,7 +55,7 @@ by rewrite ler_sqr ?nnegrE // (le_trans positive).
 Qed.
 
 (* Projections shorten. *)
-Lemma project_shortens X V :
+Theorem project_shortens X V :
   orthonormal_columns X -> inner (project X V) (project X V) <= inner V V.
 Proof.
 move=> oX; rewrite -subr_ge0.

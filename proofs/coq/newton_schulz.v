@@ -108,7 +108,7 @@ apply/matrixP=> i j; rewrite !mxE; case: eqP => [->|_].
 by rewrite !mulr0n mulr0 subrr mulr0.
 Qed.
 
-Lemma newton_schulz_gap s : 1 - f s = (1 - s) ^+ 2 * (s + 2%:R) / 2%:R.
+Theorem newton_schulz_gap s : 1 - f s = (1 - s) ^+ 2 * (s + 2%:R) / 2%:R.
 Proof. by rewrite /f; field. Qed.
 
 Theorem newton_schulz_positive s : 0 < s -> s ^+ 2 < 3%:R -> 0 < f s.

@@ -41,16 +41,16 @@ Lemma canonical_innerBl X U V G :
   canonical_inner X (U - V) G = canonical_inner X U G - canonical_inner X V G.
 Proof. by rewrite /canonical_inner innerBl. Qed.
 
-Lemma project_tangent X V : orthonormal_columns X -> tangent X (project X V).
+Theorem project_tangent X V : orthonormal_columns X -> tangent X (project X V).
 Proof.
 rewrite /tangent /project mulmxBr mulmxA => ->; rewrite mul1mx.
 exact: skew_part.
 Qed.
 
-Lemma project_fixes_tangent X V : tangent X V -> project X V = V.
+Theorem project_fixes_tangent X V : tangent X V -> project X V = V.
 Proof. by rewrite /project => /sym_skew ->; rewrite mulmx0 subr0. Qed.
 
-Lemma project_idempotent X V :
+Theorem project_idempotent X V :
   orthonormal_columns X -> project X (project X V) = project X V.
 Proof. by move=> oX; apply/project_fixes_tangent/project_tangent. Qed.
 
@@ -60,7 +60,7 @@ rewrite /tangent /is_skew mulmxDr -scalemxAr trmxD trmxZ => -> ->.
 by rewrite opprD scalerN.
 Qed.
 
-Lemma project_self_adjoint X U V :
+Theorem project_self_adjoint X U V :
   inner (project X U) V = inner U (project X V).
 Proof.
 rewrite /project innerBl innerBr; congr (_ - _).
@@ -69,7 +69,7 @@ Qed.
 
 (* What is removed is orthogonal to the tangent space: the projection is the  *)
 (* nearest tangent vector.                                                    *)
-Lemma project_residual_orthogonal X U V :
+Theorem project_residual_orthogonal X U V :
   tangent X V -> inner (U - project X U) V = 0.
 Proof.
 move=> tangentV; rewrite /project opprB addrCA subrr addr0 inner_mulmxl.
@@ -93,7 +93,7 @@ by rewrite innerBl rieszR // embedded_riesz // subrr.
 Qed.
 
 (* Canonical metric. It is positive on all of R^{d x p}, not only on tangents.*)
-Lemma canonical_inner_lower_bound X U :
+Theorem canonical_inner_lower_bound X U :
   orthonormal_columns X -> 2^-1 * inner U U <= canonical_inner X U U.
 Proof.
 move=> oX; rewrite canonical_innerE -subr_ge0.
