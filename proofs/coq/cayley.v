@@ -220,3 +220,54 @@ by rewrite !mulmxA -[_ *m P^T *m P]mulmxA oP mulmx1.
 Qed.
 
 End CayleySmallSolve.
+
+Section CayleyTall.
+
+Variables (F : realFieldType) (d p : nat).
+Implicit Types X N u : 'M[F]_(d, p).
+
+(* The form the code solves: with the tangent split into u = N + X A, where   *)
+(* X^T N = 0 and A is skew, the 2p x 2p system reduces to a p x p one.        *)
+Definition tall_matrix N (A : 'M[F]_p) : 'M[F]_p :=
+  1%:M + 4%:R^-1 *: (N^T *m N) - 2^-1 *: A.
+
+Theorem cayley_tall_invertible N A : is_skew A -> tall_matrix N A \in unitmx.
+Proof.
+move=> skewA; apply: positive_definite_unitmx => x x_neq0.
+rewrite /tall_matrix -scaleNr quadraticD quadraticZ [quadratic A x]quadratic_inner.
+rewrite inner_skew // mulr0 addr0.
+apply: (positive_definiteD (@positive_definite1 _ _)) => //.
+apply: positive_semidefiniteZ; first by rewrite invr_ge0 ler0n.
+exact: gram_semidefinite.
+Qed.
+
+Theorem cayley_tall_solve X N A :
+  orthonormal_columns X -> X^T *m N = 0 -> is_skew A ->
+  cayley_retract X (N + X *m A) =
+  (2%:R *: X + N) *m invmx (tall_matrix N A) - X.
+Proof.
+move=> oX horizontalN skewA.
+have NTX : N^T *m X = 0 by rewrite -[N^T *m X]trmxK trmx_mul trmxK horizontalN trmx_zero.
+set W := generator X (N + X *m A).
+have part : X^T *m (N + X *m A) = A.
+  by rewrite mulmxDr horizontalN add0r mulmxA oX mul1mx.
+have velocity : W *m X = N + X *m A.
+  by apply: generator_velocity => //; rewrite /tangent part.
+have half : half_normal X (N + X *m A) = N + 2^-1 *: (X *m A).
+  by rewrite /half_normal part; linear_combination.
+have WN : W *m N = - (X *m (N^T *m N)).
+  rewrite /W /generator half mulmxBl -[_ *m X^T *m N]mulmxA horizontalN mulmx0 sub0r.
+  rewrite trmxD trmxZ trmx_mul mulmxDr mulmxDl -scalemxAr -scalemxAl.
+  by rewrite -!mulmxA horizontalN !mulmx0 scaler0 addr0.
+have unitW : 1%:M - 2^-1 *: W \in unitmx by apply/cayley_invertible/generator_skew.
+have unitK := cayley_tall_invertible N skewA.
+rewrite /cayley_retract -/W; apply: (can_inj (mulKmx unitW)).
+rewrite /cayley -mulmxA mulKVmx // mulmxBr mulmxA.
+have -> : (1%:M - 2^-1 *: W) *m (2%:R *: X + N) = 2%:R *: (X *m tall_matrix N A).
+  rewrite mulmxBl mul1mx -scalemxAl mulmxDr -scalemxAr velocity WN /tall_matrix.
+  linear_combination.
+rewrite -scalemxAl mulmxK // mulmxDl mulmxBl mul1mx -!scalemxAl velocity.
+linear_combination.
+Qed.
+
+End CayleyTall.
