@@ -2,9 +2,11 @@
 (* with state, and the scaled direction. It sees a matrix only through means, *)
 (* so it does not notice padding or duplication and follows permutations.     *)
 (*                                                                            *)
-(* To cover the presets with momentum, the adapter reads a family of K        *)
-(* matrices of one shape (gradient, momentum, ...): the statistic of a row is *)
-(* the K x K matrix of its mean products, whose diagonal holds the energies.  *)
+(* To cover the presets as they are coded, the adapter reads a family of K    *)
+(* matrices of one shape (gradient, momentum): the statistic of a row is the  *)
+(* K x K matrix of its mean products, whose diagonal holds the energies. The  *)
+(* networks also return E further outputs per coordinate, which are averaged  *)
+(* over the matrix and decide the mix of the family and the length.           *)
 From mathcomp Require Import all_ssreflect fingroup perm all_algebra.
 From mathcomp Require Import ring.
 From SubspaceMeta Require Import matrices.
@@ -85,265 +87,294 @@ End Means.
 
 Section Adapter.
 
-Variables (F : realFieldType) (K : nat) (row_state col_state : Type).
+Variables (F : realFieldType) (K E : nat).
+(* Memory per row, per column and per matrix; running means, LSTM states and  *)
+(* the number of the step live here.                                          *)
+Variables (row_state col_state matrix_state : Type).
 
 (* One network for rows and one for columns. Each sees the statistic of its   *)
-(* own coordinate, the mean over the matrix, and the state of its coordinate; *)
-(* it returns one scale per matrix of the family, and the next state.         *)
-Variable row_network : 'M[F]_K -> 'M[F]_K -> row_state -> 'rV[F]_K * row_state.
-Variable col_network : 'M[F]_K -> 'M[F]_K -> col_state -> 'rV[F]_K * col_state.
-(* The factor that normalises a direction, from its mean energy.              *)
+(* own coordinate, the mean over the matrix, the memory of the matrix and its *)
+(* own; it returns the scales, the outputs to be averaged, and its memory.    *)
+Variable row_network :
+  'M[F]_K -> 'M[F]_K -> matrix_state -> row_state -> 'rV[F]_K * 'rV[F]_E * row_state.
+Variable col_network :
+  'M[F]_K -> 'M[F]_K -> matrix_state -> col_state -> 'rV[F]_K * 'rV[F]_E * col_state.
+(* From the matrix mean, the memory of the matrix and the averaged outputs of *)
+(* rows and of columns: the mix, the length, the next memory.                 *)
+Variable mixer : 'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> 'rV[F]_K.
+Variable length : 'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> F.
+Variable remember : 'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> matrix_state.
+(* The factor that normalises a direction, from its mean square.              *)
 Variable normaliser : F -> F.
 
-Section Statistics.
+Section Definitions.
 
 Variables (d p : nat).
-Implicit Types (A : 'I_K -> 'M[F]_(d, p)) (rows : pred 'I_d) (cols : pred 'I_p).
+(* How to average over rows and over columns: the plain mean, or a masked one.*)
+Variables (over_rows : ('I_d -> F) -> F) (over_cols : ('I_p -> F) -> F).
+Variable A : 'I_K -> 'M[F]_(d, p).
 
-Definition row_statistic A i : 'M[F]_K :=
-  \matrix_(a, b) mean (fun j => A a i j * A b i j).
-Definition col_statistic A j : 'M[F]_K :=
-  \matrix_(a, b) mean (fun i => A a i j * A b i j).
-Definition matrix_statistic A : 'M[F]_K :=
-  \matrix_(a, b) mean (fun i => mean (fun j => A a i j * A b i j)).
+Definition row_statistic i : 'M[F]_K :=
+  \matrix_(a, b) over_cols (fun j => A a i j * A b i j).
+Definition col_statistic j : 'M[F]_K :=
+  \matrix_(a, b) over_rows (fun i => A a i j * A b i j).
+Definition matrix_statistic : 'M[F]_K :=
+  \matrix_(a, b) over_rows (fun i => over_cols (fun j => A a i j * A b i j)).
 
-Definition masked_row_statistic cols A i : 'M[F]_K :=
-  \matrix_(a, b) masked_mean cols (fun j => A a i j * A b i j).
-Definition masked_col_statistic rows A j : 'M[F]_K :=
-  \matrix_(a, b) masked_mean rows (fun i => A a i j * A b i j).
-Definition masked_matrix_statistic rows cols A : 'M[F]_K :=
-  \matrix_(a, b) masked_mean rows (fun i =>
-                   masked_mean cols (fun j => A a i j * A b i j)).
+Variables (z : matrix_state) (s : 'I_d -> row_state) (t : 'I_p -> col_state).
 
-Definition scaled A (l : 'I_d -> 'rV[F]_K) (k : 'I_p -> 'rV[F]_K) : 'M[F]_(d, p) :=
-  \matrix_(i, j) \sum_a l i 0 a * A a i j * k j 0 a.
+Definition row_output i := row_network (row_statistic i) matrix_statistic z (s i).
+Definition col_output j := col_network (col_statistic j) matrix_statistic z (t j).
+Definition row_pooled : 'rV[F]_E := \row_e over_rows (fun i => (row_output i).1.2 0 e).
+Definition col_pooled : 'rV[F]_E := \row_e over_cols (fun j => (col_output j).1.2 0 e).
 
-Definition direction A (s : 'I_d -> row_state) (t : 'I_p -> col_state) :=
-  let D := scaled A
-    (fun i => (row_network (row_statistic A i) (matrix_statistic A) (s i)).1)
-    (fun j => (col_network (col_statistic A j) (matrix_statistic A) (t j)).1) in
-  normaliser (mean (fun i => mean (fun j => D i j ^+ 2))) *: D.
+Definition scaled : 'M[F]_(d, p) :=
+  let mix := mixer matrix_statistic z row_pooled col_pooled in
+  \matrix_(i, j) \sum_a mix 0 a * ((row_output i).1.1 0 a * A a i j * (col_output j).1.1 0 a).
 
-Definition next_row_state A (s : 'I_d -> row_state) i :=
-  (row_network (row_statistic A i) (matrix_statistic A) (s i)).2.
-Definition next_col_state A (t : 'I_p -> col_state) j :=
-  (col_network (col_statistic A j) (matrix_statistic A) (t j)).2.
+Definition direction : 'M[F]_(d, p) :=
+  (length matrix_statistic z row_pooled col_pooled *
+   normaliser (over_rows (fun i => over_cols (fun j => scaled i j ^+ 2)))) *: scaled.
 
-Definition masked_direction rows cols A s t :=
-  let D := scaled A
-    (fun i => (row_network (masked_row_statistic cols A i)
-                 (masked_matrix_statistic rows cols A) (s i)).1)
-    (fun j => (col_network (masked_col_statistic rows A j)
-                 (masked_matrix_statistic rows cols A) (t j)).1) in
-  normaliser (masked_mean rows (fun i => masked_mean cols (fun j => D i j ^+ 2)))
-    *: D.
+Definition next_row_state i := (row_output i).2.
+Definition next_col_state j := (col_output j).2.
+Definition next_matrix_state := remember matrix_statistic z row_pooled col_pooled.
 
-Definition masked_next_row_state rows cols A (s : 'I_d -> row_state) i :=
-  (row_network (masked_row_statistic cols A i)
-     (masked_matrix_statistic rows cols A) (s i)).2.
-Definition masked_next_col_state rows cols A (t : 'I_p -> col_state) j :=
-  (col_network (masked_col_statistic rows A j)
-     (masked_matrix_statistic rows cols A) (t j)).2.
+End Definitions.
 
-End Statistics.
+Section Pullback.
 
-Section Duplication.
+(* The one fact behind all invariances. Along index maps f and g that respect *)
+(* the averages, the adapter of the pulled-back family is the pulled-back     *)
+(* adapter. Duplication: f forgets the copies. Padding: f embeds the true     *)
+(* indices among the masked ones. Permutation: f is a bijection.              *)
+Variables (m n m' n' : nat) (f : 'I_m' -> 'I_m) (g : 'I_n' -> 'I_n).
+Variables (over_rows : ('I_m -> F) -> F) (over_cols : ('I_n -> F) -> F).
+Variables (over_rows' : ('I_m' -> F) -> F) (over_cols' : ('I_n' -> F) -> F).
+Hypothesis rows_respected : forall h h', (forall i, h' i = h (f i)) ->
+  over_rows' h' = over_rows h.
+Hypothesis cols_respected : forall h h', (forall j, h' j = h (g j)) ->
+  over_cols' h' = over_cols h.
+Variables (A : 'I_K -> 'M[F]_(m, n)) (B : 'I_K -> 'M[F]_(m', n')).
+Hypothesis pulled_back : forall a i j, B a i j = A a (f i) (g j).
+Variable z : matrix_state.
+Variables (s : 'I_m -> row_state) (t : 'I_n -> col_state).
+Variables (s' : 'I_m' -> row_state) (t' : 'I_n' -> col_state).
+Hypothesis row_states : forall i, s' i = s (f i).
+Hypothesis col_states : forall j, t' j = t (g j).
 
-Variables (d p D P m n : nat) (f : 'I_D -> 'I_d) (g : 'I_P -> 'I_p).
-Hypotheses (even_f : evenly m f) (even_g : evenly n g).
-Variables (A : 'I_K -> 'M[F]_(d, p)) (B : 'I_K -> 'M[F]_(D, P)).
-Hypothesis duplicated : forall a i j, B a i j = A a (f i) (g j).
+Theorem row_statistic_pullback i :
+  row_statistic over_cols' B i = row_statistic over_cols A (f i).
+Proof.
+apply/matrixP=> a b; rewrite !mxE; apply: cols_respected => j.
+by rewrite !pulled_back.
+Qed.
+
+Theorem col_statistic_pullback j :
+  col_statistic over_rows' B j = col_statistic over_rows A (g j).
+Proof.
+apply/matrixP=> a b; rewrite !mxE; apply: rows_respected => i.
+by rewrite !pulled_back.
+Qed.
+
+Theorem matrix_statistic_pullback :
+  matrix_statistic over_rows' over_cols' B = matrix_statistic over_rows over_cols A.
+Proof.
+apply/matrixP=> a b; rewrite !mxE; apply: rows_respected => i.
+by apply: cols_respected => j; rewrite !pulled_back.
+Qed.
+
+Lemma row_output_pullback i :
+  row_output over_rows' over_cols' B z s' i = row_output over_rows over_cols A z s (f i).
+Proof.
+by rewrite /row_output row_statistic_pullback matrix_statistic_pullback row_states.
+Qed.
+
+Lemma col_output_pullback j :
+  col_output over_rows' over_cols' B z t' j = col_output over_rows over_cols A z t (g j).
+Proof.
+by rewrite /col_output col_statistic_pullback matrix_statistic_pullback col_states.
+Qed.
+
+Lemma row_pooled_pullback :
+  row_pooled over_rows' over_cols' B z s' = row_pooled over_rows over_cols A z s.
+Proof.
+apply/rowP=> e; rewrite !mxE; apply: rows_respected => i.
+by rewrite row_output_pullback.
+Qed.
+
+Lemma col_pooled_pullback :
+  col_pooled over_rows' over_cols' B z t' = col_pooled over_rows over_cols A z t.
+Proof.
+apply/rowP=> e; rewrite !mxE; apply: cols_respected => j.
+by rewrite col_output_pullback.
+Qed.
+
+Lemma scaled_pullback i j :
+  scaled over_rows' over_cols' B z s' t' i j =
+  scaled over_rows over_cols A z s t (f i) (g j).
+Proof.
+rewrite !mxE matrix_statistic_pullback row_pooled_pullback col_pooled_pullback.
+apply: eq_bigr => a _.
+by rewrite row_output_pullback col_output_pullback pulled_back.
+Qed.
+
+Theorem adapter_pullback i j :
+  direction over_rows' over_cols' B z s' t' i j =
+  direction over_rows over_cols A z s t (f i) (g j).
+Proof.
+rewrite /direction [LHS]mxE [RHS]mxE scaled_pullback.
+rewrite matrix_statistic_pullback row_pooled_pullback col_pooled_pullback.
+congr (_ * normaliser _ * _); apply: rows_respected => i'.
+by apply: cols_respected => j'; rewrite scaled_pullback.
+Qed.
+
+Theorem row_state_pullback i :
+  next_row_state over_rows' over_cols' B z s' i =
+  next_row_state over_rows over_cols A z s (f i).
+Proof. by rewrite /next_row_state row_output_pullback. Qed.
+
+Theorem col_state_pullback j :
+  next_col_state over_rows' over_cols' B z t' j =
+  next_col_state over_rows over_cols A z t (g j).
+Proof. by rewrite /next_col_state col_output_pullback. Qed.
+
+Theorem matrix_state_pullback :
+  next_matrix_state over_rows' over_cols' B z s' t' =
+  next_matrix_state over_rows over_cols A z s t.
+Proof.
+by rewrite /next_matrix_state matrix_statistic_pullback row_pooled_pullback
+  col_pooled_pullback.
+Qed.
+
+End Pullback.
+
+Section Instances.
+
+Variables (d p : nat) (A : 'I_K -> 'M[F]_(d, p)) (z : matrix_state).
 Variables (s : 'I_d -> row_state) (t : 'I_p -> col_state).
-Variables (s' : 'I_D -> row_state) (t' : 'I_P -> col_state).
-Hypotheses (row_states : forall i, s' i = s (f i)).
-Hypotheses (col_states : forall j, t' j = t (g j)).
 
-Theorem row_statistic_duplicated i : row_statistic B i = row_statistic A (f i).
+Local Notation plain := (direction (@mean F d) (@mean F p) A z s t).
+
+Theorem adapter_duplicated (D P m n : nat) (f : 'I_D -> 'I_d) (g : 'I_P -> 'I_p)
+    (B : 'I_K -> 'M[F]_(D, P)) s' t' :
+  evenly m f -> evenly n g -> (forall a i j, B a i j = A a (f i) (g j)) ->
+  (forall i, s' i = s (f i)) -> (forall j, t' j = t (g j)) ->
+  forall i j, direction (@mean F D) (@mean F P) B z s' t' i j = plain (f i) (g j).
 Proof.
-apply/matrixP=> a b; rewrite !mxE -(mean_duplicated _ even_g).
-by apply: eq_mean => j; rewrite !duplicated.
+move=> even_f even_g duplicated row_states col_states.
+apply: adapter_pullback => // h h' eq_h.
+  by rewrite (eq_mean eq_h) (mean_duplicated _ even_f).
+by rewrite (eq_mean eq_h) (mean_duplicated _ even_g).
 Qed.
 
-Theorem col_statistic_duplicated j : col_statistic B j = col_statistic A (g j).
-Proof.
-apply/matrixP=> a b; rewrite !mxE -(mean_duplicated _ even_f).
-by apply: eq_mean => i; rewrite !duplicated.
-Qed.
-
-Theorem matrix_statistic_duplicated : matrix_statistic B = matrix_statistic A.
-Proof.
-apply/matrixP=> a b; rewrite !mxE -(mean_duplicated _ even_f).
-apply: eq_mean => i; rewrite -(mean_duplicated _ even_g).
-by apply: eq_mean => j; rewrite !duplicated.
-Qed.
-
-Theorem adapter_duplicated i j : direction B s' t' i j = direction A s t (f i) (g j).
-Proof.
-rewrite /direction matrix_statistic_duplicated [LHS]mxE [RHS]mxE.
-set DA := scaled A _ _; set DB := scaled B _ _.
-have entry i' j' : DB i' j' = DA (f i') (g j').
-  rewrite !mxE; apply: eq_bigr => a _.
-  by rewrite row_statistic_duplicated col_statistic_duplicated duplicated
-    row_states col_states.
-rewrite entry; congr (normaliser _ * _).
-rewrite -[RHS](mean_duplicated _ even_f); apply: eq_mean => i'.
-by rewrite -[RHS](mean_duplicated _ even_g); apply: eq_mean => j'; rewrite entry.
-Qed.
-
-Theorem row_state_duplicated i : next_row_state B s' i = next_row_state A s (f i).
-Proof.
-by rewrite /next_row_state matrix_statistic_duplicated row_statistic_duplicated
-  row_states.
-Qed.
-
-Theorem col_state_duplicated j : next_col_state B t' j = next_col_state A t (g j).
-Proof.
-by rewrite /next_col_state matrix_statistic_duplicated col_statistic_duplicated
-  col_states.
-Qed.
-
-End Duplication.
-
-Section Padding.
-
-Variables (d p D P : nat) (f : 'I_d -> 'I_D) (g : 'I_p -> 'I_P).
-Variables (rows : pred 'I_D) (cols : pred 'I_P).
-Hypotheses (injective_f : injective f) (injective_g : injective g).
-Hypotheses (rows_f : rows =1 (mem (codom f))) (cols_g : cols =1 (mem (codom g))).
-Variables (A : 'I_K -> 'M[F]_(d, p)) (B : 'I_K -> 'M[F]_(D, P)).
 (* Nothing is asked of B outside the mask: it need not even be zero there.    *)
-Hypothesis padded : forall a i j, B a (f i) (g j) = A a i j.
-Variables (s : 'I_d -> row_state) (t : 'I_p -> col_state).
-Variables (s' : 'I_D -> row_state) (t' : 'I_P -> col_state).
-Hypotheses (row_states : forall i, s' (f i) = s i).
-Hypotheses (col_states : forall j, t' (g j) = t j).
-
-Theorem row_statistic_padded i :
-  masked_row_statistic cols B (f i) = row_statistic A i.
+Theorem adapter_padded (D P : nat) (f : 'I_d -> 'I_D) (g : 'I_p -> 'I_P)
+    (rows : pred 'I_D) (cols : pred 'I_P) (B : 'I_K -> 'M[F]_(D, P)) s' t' :
+  injective f -> injective g ->
+  rows =1 (mem (codom f)) -> cols =1 (mem (codom g)) ->
+  (forall a i j, B a (f i) (g j) = A a i j) ->
+  (forall i, s' (f i) = s i) -> (forall j, t' (g j) = t j) ->
+  forall i j,
+  direction (masked_mean rows) (masked_mean cols) B z s' t' (f i) (g j) = plain i j.
 Proof.
-apply/matrixP=> a b; rewrite !mxE (mean_padded _ injective_g cols_g).
-by apply: eq_mean => j; rewrite !padded.
-Qed.
-
-Theorem col_statistic_padded j :
-  masked_col_statistic rows B (g j) = col_statistic A j.
-Proof.
-apply/matrixP=> a b; rewrite !mxE (mean_padded _ injective_f rows_f).
-by apply: eq_mean => i; rewrite !padded.
-Qed.
-
-Theorem matrix_statistic_padded :
-  masked_matrix_statistic rows cols B = matrix_statistic A.
-Proof.
-apply/matrixP=> a b; rewrite !mxE (mean_padded _ injective_f rows_f).
-apply: eq_mean => i; rewrite (mean_padded _ injective_g cols_g).
-by apply: eq_mean => j; rewrite !padded.
-Qed.
-
-Theorem adapter_padded i j :
-  masked_direction rows cols B s' t' (f i) (g j) = direction A s t i j.
-Proof.
-rewrite /masked_direction /direction matrix_statistic_padded [LHS]mxE [RHS]mxE.
-set DA := scaled A _ _; set DB := scaled B _ _.
-have entry i' j' : DB (f i') (g j') = DA i' j'.
-  rewrite !mxE; apply: eq_bigr => a _.
-  by rewrite row_statistic_padded col_statistic_padded padded row_states col_states.
-rewrite entry; congr (normaliser _ * _).
-rewrite (mean_padded _ injective_f rows_f); apply: eq_mean => i'.
-by rewrite (mean_padded _ injective_g cols_g); apply: eq_mean => j'; rewrite entry.
-Qed.
-
-Theorem row_state_padded i :
-  masked_next_row_state rows cols B s' (f i) = next_row_state A s i.
-Proof.
-by rewrite /masked_next_row_state matrix_statistic_padded row_statistic_padded
-  row_states.
-Qed.
-
-Theorem col_state_padded j :
-  masked_next_col_state rows cols B t' (g j) = next_col_state A t j.
-Proof.
-by rewrite /masked_next_col_state matrix_statistic_padded col_statistic_padded
-  col_states.
+move=> injective_f injective_g rows_f cols_g padded row_states col_states i j.
+symmetry; apply: adapter_pullback => // h h' eq_h.
+  by rewrite (mean_padded _ injective_f rows_f) (eq_mean eq_h).
+by rewrite (mean_padded _ injective_g cols_g) (eq_mean eq_h).
 Qed.
 
 (* Zero entries stay zero: padding stays padding.                             *)
-Theorem adapter_keeps_zero i j :
-  (forall a, B a i j = 0) -> masked_direction rows cols B s' t' i j = 0.
+Theorem adapter_keeps_zero over_rows over_cols i j :
+  (forall a, A a i j = 0) -> direction over_rows over_cols A z s t i j = 0.
 Proof.
-move=> zero; rewrite /masked_direction mxE [scaled _ _ _ _ _]mxE big1 ?mulr0 //.
-by move=> a _; rewrite zero mulr0 mul0r.
+move=> zero; rewrite /direction mxE [scaled _ _ _ _ _ _ _ _]mxE big1 ?mulr0 //.
+by move=> a _; rewrite zero mulr0 mul0r mulr0.
 Qed.
-
-End Padding.
 
 Section Permutation.
 
-Variables (d p : nat) (sigma : 'S_d) (tau : 'S_p).
-Implicit Types (A B : 'I_K -> 'M[F]_(d, p)).
-Implicit Types (s : 'I_d -> row_state) (t : 'I_p -> col_state).
+Variables (sigma : 'S_d) (tau : 'S_p).
 
-Definition permute (A : 'M[F]_(d, p)) := perm_mx sigma *m A *m perm_mx tau.
+Definition permute (M : 'M[F]_(d, p)) := perm_mx sigma *m M *m perm_mx tau.
 
-Lemma permuteE (A : 'M[F]_(d, p)) i j : permute A i j = A (sigma i) (tau^-1%g j).
+Lemma permuteE (M : 'M[F]_(d, p)) i j : permute M i j = M (sigma i) (tau^-1%g j).
 Proof. by rewrite /permute -{1}[tau]invgK -col_permE -row_permE !mxE. Qed.
 
-Theorem adapter_equivariant A B s t s' t' :
-  (forall a, B a = permute (A a)) ->
-  (forall i, s' i = s (sigma i)) -> (forall j, t' j = t (tau^-1%g j)) ->
-  direction B s' t' = permute (direction A s t).
+Lemma mean_permuted n (s0 : 'S_n) (h h' : 'I_n -> F) :
+  (forall i, h' i = h (s0 i)) -> mean h' = mean h.
+Proof. by move=> eq_h; rewrite (eq_mean eq_h) (mean_duplicated _ (perm_evenly s0)). Qed.
+
+Variables (B : 'I_K -> 'M[F]_(d, p)).
+Variables (s' : 'I_d -> row_state) (t' : 'I_p -> col_state).
+Hypothesis permuted : forall a, B a = permute (A a).
+Hypothesis row_states : forall i, s' i = s (sigma i).
+Hypothesis col_states : forall j, t' j = t (tau^-1%g j).
+
+Lemma permuted_entries a i j : B a i j = A a (sigma i) (tau^-1%g j).
+Proof. by rewrite permuted permuteE. Qed.
+
+Theorem adapter_equivariant :
+  direction (@mean F d) (@mean F p) B z s' t' = permute plain.
 Proof.
-move=> permuted row_states col_states; apply/matrixP=> i j; rewrite permuteE.
-apply: (adapter_duplicated (perm_evenly sigma) (perm_evenly tau^-1)) => //.
-by move=> a i' j'; rewrite permuted permuteE.
+apply/matrixP=> i j; rewrite permuteE.
+apply: adapter_pullback row_states col_states _ _; last exact: permuted_entries.
+  exact: mean_permuted.
+exact: mean_permuted.
 Qed.
 
-Theorem adapter_state_equivariant A B s t s' t' :
-  (forall a, B a = permute (A a)) ->
-  (forall i, s' i = s (sigma i)) -> (forall j, t' j = t (tau^-1%g j)) ->
-  (forall i, next_row_state B s' i = next_row_state A s (sigma i)) /\
-  (forall j, next_col_state B t' j = next_col_state A t (tau^-1%g j)).
+Theorem adapter_state_equivariant :
+  [/\ forall i, next_row_state (@mean F d) (@mean F p) B z s' i =
+                next_row_state (@mean F d) (@mean F p) A z s (sigma i),
+      forall j, next_col_state (@mean F d) (@mean F p) B z t' j =
+                next_col_state (@mean F d) (@mean F p) A z t (tau^-1%g j) &
+      next_matrix_state (@mean F d) (@mean F p) B z s' t' =
+      next_matrix_state (@mean F d) (@mean F p) A z s t].
 Proof.
-move=> permuted row_states col_states.
-have entries a i' j' : B a i' j' = A a (sigma i') (tau^-1%g j').
-  by rewrite permuted permuteE.
-split=> [i|j].
-  exact: (row_state_duplicated (perm_evenly sigma) (perm_evenly tau^-1) entries).
-exact: (col_state_duplicated (perm_evenly sigma) (perm_evenly tau^-1) entries).
+have rows_ok := @mean_permuted d sigma; have cols_ok := @mean_permuted p tau^-1%g.
+split=> [i|j|].
+- exact: (row_state_pullback rows_ok cols_ok permuted_entries).
+- exact: (col_state_pullback rows_ok cols_ok permuted_entries).
+exact: (matrix_state_pullback rows_ok cols_ok permuted_entries).
 Qed.
 
 End Permutation.
+
+End Instances.
 
 End Adapter.
 
 Section OneMatrix.
 
 Variables (F : realFieldType) (row_state col_state : Type) (d p : nat).
-Variable row_network : 'M[F]_1 -> 'M[F]_1 -> row_state -> 'rV[F]_1 * row_state.
-Variable col_network : 'M[F]_1 -> 'M[F]_1 -> col_state -> 'rV[F]_1 * col_state.
+Variable row_network :
+  'M[F]_1 -> 'M[F]_1 -> unit -> row_state -> 'rV[F]_1 * 'rV[F]_0 * row_state.
+Variable col_network :
+  'M[F]_1 -> 'M[F]_1 -> unit -> col_state -> 'rV[F]_1 * 'rV[F]_0 * col_state.
 
-(* Without momentum and without normalisation this is D = diag(l) R diag(k),  *)
+(* Without momentum, pooling and normalisation this is D = diag(l) R diag(k), *)
 (* with l and k computed from diag(R R^T)/p and diag(R^T R)/d.                *)
 Theorem adapter_is_diagonal_scaling (R : 'M[F]_(d, p)) s t :
-  let r i := row_statistic (fun=> R) i in
-  let c j := col_statistic (fun=> R) j in
-  let m := matrix_statistic (fun=> R) in
-  direction row_network col_network (fun=> 1) (fun=> R) s t =
-    diag_mx (\row_i (row_network (r i) m (s i)).1 0 0) *m R *m
-    diag_mx (\row_j (col_network (c j) m (t j)).1 0 0).
+  let r i := row_statistic (@mean F p) (fun=> R) i in
+  let c j := col_statistic (@mean F d) (fun=> R) j in
+  let m := matrix_statistic (@mean F d) (@mean F p) (fun=> R) in
+  direction row_network col_network (fun _ _ _ _ => const_mx 1) (fun _ _ _ _ => 1)
+    (fun=> 1) (@mean F d) (@mean F p) (fun=> R) tt s t =
+    diag_mx (\row_i (row_network (r i) m tt (s i)).1.1 0 0) *m R *m
+    diag_mx (\row_j (col_network (c j) m tt (t j)).1.1 0 0).
 Proof.
-rewrite /direction scale1r; apply/matrixP=> i j.
-by rewrite mul_diag_mx mul_mx_diag !mxE big_ord1.
+rewrite /direction mulr1 scale1r; apply/matrixP=> i j.
+by rewrite mul_diag_mx mul_mx_diag !mxE big_ord1 mxE mul1r.
 Qed.
 
 Theorem row_statistic_diagonal (R : 'M[F]_(d, p)) i :
-  row_statistic (fun _ : 'I_1 => R) i 0 0 = (R *m R^T) i i / p%:R.
+  row_statistic (@mean F p) (fun _ : 'I_1 => R) i 0 0 = (R *m R^T) i i / p%:R.
 Proof.
 by rewrite /row_statistic mxE /mean !mxE; congr (_ / _); apply: eq_bigr => j _; rewrite mxE.
 Qed.
 
 Theorem col_statistic_diagonal (R : 'M[F]_(d, p)) j :
-  col_statistic (fun _ : 'I_1 => R) j 0 0 = (R^T *m R) j j / d%:R.
+  col_statistic (@mean F d) (fun _ : 'I_1 => R) j 0 0 = (R^T *m R) j j / d%:R.
 Proof.
 by rewrite /col_statistic mxE /mean !mxE; congr (_ / _); apply: eq_bigr => i _; rewrite mxE.
 Qed.

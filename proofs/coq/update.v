@@ -14,10 +14,19 @@ Local Open Scope ring_scope.
 
 Section Update.
 
-Variables (F : realFieldType) (d p : nat) (row_state col_state : Type).
-Variable row_network : 'M[F]_2 -> 'M[F]_2 -> row_state -> 'rV[F]_2 * row_state.
-Variable col_network : 'M[F]_2 -> 'M[F]_2 -> col_state -> 'rV[F]_2 * col_state.
-Variables (normaliser : F -> F) (decay : F).
+Variables (F : realFieldType) (d p E : nat).
+Variables (row_state col_state matrix_state : Type).
+Variable row_network :
+  'M[F]_2 -> 'M[F]_2 -> matrix_state -> row_state -> 'rV[F]_2 * 'rV[F]_E * row_state.
+Variable col_network :
+  'M[F]_2 -> 'M[F]_2 -> matrix_state -> col_state -> 'rV[F]_2 * 'rV[F]_E * col_state.
+Variable mixer : 'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> 'rV[F]_2.
+Variable length : 'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> F.
+Variable remember : 'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> matrix_state.
+Variable normaliser : F -> F.
+(* The weight of the old momentum; it may change with the step, which lives   *)
+(* in the memory of the matrix.                                               *)
+Variable decay : matrix_state -> F.
 Variable retract : 'M[F]_(d, p) -> 'M[F]_(d, p) -> 'M[F]_(d, p).
 
 (* What travels from step to step. Averages over time of the statistics live  *)
@@ -26,18 +35,23 @@ Variable retract : 'M[F]_(d, p) -> 'M[F]_(d, p) -> 'M[F]_(d, p).
 Record carry := Carry {
   point : 'M[F]_(d, p);
   momentum : 'M[F]_(d, p);
+  memory : matrix_state;
   rows : 'I_d -> row_state;
   cols : 'I_p -> col_state }.
 
 Definition step (gradient : 'M[F]_(d, p) -> 'M[F]_(d, p)) (x : carry) : carry :=
   let R := project (point x) (gradient (point x)) in
-  let m := decay *: momentum x + (1 - decay) *: R in
+  let z := memory x in
+  let m := decay z *: momentum x + (1 - decay z) *: R in
   let family := fun a : 'I_2 => if a == 0 then R else m in
-  let D := direction row_network col_network normaliser family (rows x) (cols x) in
+  let D := direction row_network col_network mixer length normaliser
+             (@mean F d) (@mean F p) family z (rows x) (cols x) in
   let Y := retract (point x) (- project (point x) D) in
   Carry Y (project Y m)
-    (next_row_state row_network family (rows x))
-    (next_col_state col_network family (cols x)).
+    (next_matrix_state row_network col_network remember
+       (@mean F d) (@mean F p) family z (rows x) (cols x))
+    (next_row_state row_network (@mean F d) (@mean F p) family z (rows x))
+    (next_col_state col_network (@mean F d) (@mean F p) family z (cols x)).
 
 (* Gradients may change from step to step (mini-batches).                     *)
 Fixpoint trajectory (gradients : nat -> 'M[F]_(d, p) -> 'M[F]_(d, p))
@@ -74,7 +88,7 @@ Hypothesis retract_permutes : forall X u,
 
 Definition related (x y : carry) : Prop :=
   [/\ point y = permute (point x), momentum y = permute (momentum x),
-      forall i, rows y i = rows x (sigma i) &
+      memory y = memory x, forall i, rows y i = rows x (sigma i) &
       forall j, cols y j = cols x (tau^-1%g j)].
 
 Lemma project_permutes X V : project (permute X) (permute V) = permute (project X V).
@@ -92,16 +106,17 @@ Theorem step_equivariant gradient gradient' x y :
   orthonormal_columns (point x) -> related x y ->
   related (step gradient x) (step gradient' y).
 Proof.
-case: x => X m s t; case: y => _ _ s' t' gradients /= oX [/= -> -> row_states col_states].
+case: x => X m z s t; case: y => X' m' z' s' t' gradients /= oX.
+case=> /= -> -> -> row_states col_states {X' m' z'}.
 rewrite /step /= gradients project_permutes permute_combination.
-set R := project X (gradient X); set m1 := decay *: m + _ *: R.
+set R := project X (gradient X); set m1 := decay z *: m + _ *: R.
 set A := fun a : 'I_2 => if a == 0 then R else m1.
 set B := fun a : 'I_2 => if a == 0 then permute R else permute m1.
 have family a : B a = permute (A a) by rewrite /A /B; case: (a == 0).
-have [next_rows next_cols] := adapter_state_equivariant row_network col_network
-  family row_states col_states.
-have directions := adapter_equivariant row_network col_network normaliser
-  family row_states col_states.
+have [next_rows next_cols next_memory] := adapter_state_equivariant
+  row_network col_network remember z family row_states col_states.
+have directions := adapter_equivariant row_network col_network mixer length
+  normaliser z family row_states col_states.
 rewrite directions project_permutes permuteN retract_permutes //; last first.
   exact: tangent_step.
 split=> //=; exact: project_permutes.
