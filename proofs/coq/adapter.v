@@ -5,8 +5,9 @@
 (* To cover the presets as they are coded, the adapter reads a family of K    *)
 (* matrices of one shape (gradient, momentum): the statistic of a row is the  *)
 (* K x K matrix of its mean products, whose diagonal holds the energies. The  *)
-(* networks also return E further outputs per coordinate, which are averaged  *)
-(* over the matrix and decide the mix of the family and the length.           *)
+(* networks also return E numbers per coordinate that are averaged over the   *)
+(* matrix; the averages may enter every scale, every memory and the length:   *)
+(* centring (preset paper), mixing and choosing a length (preset base).       *)
 From mathcomp Require Import all_ssreflect fingroup perm all_algebra.
 From mathcomp Require Import ring.
 From SubspaceMeta Require Import matrices.
@@ -94,14 +95,19 @@ Variables (row_state col_state matrix_state : Type).
 
 (* One network for rows and one for columns. Each sees the statistic of its   *)
 (* own coordinate, the mean over the matrix, the memory of the matrix and its *)
-(* own; it returns the scales, the outputs to be averaged, and its memory.    *)
+(* own; it returns what it found and the numbers to be averaged.              *)
+Variables (row_found col_found : Type).
 Variable row_network :
-  'M[F]_K -> 'M[F]_K -> matrix_state -> row_state -> 'rV[F]_K * 'rV[F]_E * row_state.
+  'M[F]_K -> 'M[F]_K -> matrix_state -> row_state -> row_found * 'rV[F]_E.
 Variable col_network :
-  'M[F]_K -> 'M[F]_K -> matrix_state -> col_state -> 'rV[F]_K * 'rV[F]_E * col_state.
-(* From the matrix mean, the memory of the matrix and the averaged outputs of *)
-(* rows and of columns: the mix, the length, the next memory.                 *)
-Variable mixer : 'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> 'rV[F]_K.
+  'M[F]_K -> 'M[F]_K -> matrix_state -> col_state -> col_found * 'rV[F]_E.
+(* With the averages over rows and over columns each coordinate then settles  *)
+(* its scales, one per matrix of the family, and its next memory.             *)
+Variable row_settle :
+  'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> row_found -> 'rV[F]_K * row_state.
+Variable col_settle :
+  'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> col_found -> 'rV[F]_K * col_state.
+(* Once per matrix: the length of the direction and the next memory.          *)
 Variable length : 'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> F.
 Variable remember : 'M[F]_K -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> matrix_state.
 (* The factor that normalises a direction, from its mean square.              *)
@@ -125,19 +131,23 @@ Variables (z : matrix_state) (s : 'I_d -> row_state) (t : 'I_p -> col_state).
 
 Definition row_output i := row_network (row_statistic i) matrix_statistic z (s i).
 Definition col_output j := col_network (col_statistic j) matrix_statistic z (t j).
-Definition row_pooled : 'rV[F]_E := \row_e over_rows (fun i => (row_output i).1.2 0 e).
-Definition col_pooled : 'rV[F]_E := \row_e over_cols (fun j => (col_output j).1.2 0 e).
+Definition row_pooled : 'rV[F]_E := \row_e over_rows (fun i => (row_output i).2 0 e).
+Definition col_pooled : 'rV[F]_E := \row_e over_cols (fun j => (col_output j).2 0 e).
+
+Definition row_settled i :=
+  row_settle matrix_statistic z row_pooled col_pooled (row_output i).1.
+Definition col_settled j :=
+  col_settle matrix_statistic z row_pooled col_pooled (col_output j).1.
 
 Definition scaled : 'M[F]_(d, p) :=
-  let mix := mixer matrix_statistic z row_pooled col_pooled in
-  \matrix_(i, j) \sum_a mix 0 a * ((row_output i).1.1 0 a * A a i j * (col_output j).1.1 0 a).
+  \matrix_(i, j) \sum_a (row_settled i).1 0 a * A a i j * (col_settled j).1 0 a.
 
 Definition direction : 'M[F]_(d, p) :=
   (length matrix_statistic z row_pooled col_pooled *
    normaliser (over_rows (fun i => over_cols (fun j => scaled i j ^+ 2)))) *: scaled.
 
-Definition next_row_state i := (row_output i).2.
-Definition next_col_state j := (col_output j).2.
+Definition next_row_state i := (row_settled i).2.
+Definition next_col_state j := (col_settled j).2.
 Definition next_matrix_state := remember matrix_statistic z row_pooled col_pooled.
 
 End Definitions.
@@ -210,13 +220,28 @@ apply/rowP=> e; rewrite !mxE; apply: cols_respected => j.
 by rewrite col_output_pullback.
 Qed.
 
+Lemma row_settled_pullback i :
+  row_settled over_rows' over_cols' B z s' t' i =
+  row_settled over_rows over_cols A z s t (f i).
+Proof.
+by rewrite /row_settled matrix_statistic_pullback row_pooled_pullback
+  col_pooled_pullback row_output_pullback.
+Qed.
+
+Lemma col_settled_pullback j :
+  col_settled over_rows' over_cols' B z s' t' j =
+  col_settled over_rows over_cols A z s t (g j).
+Proof.
+by rewrite /col_settled matrix_statistic_pullback row_pooled_pullback
+  col_pooled_pullback col_output_pullback.
+Qed.
+
 Lemma scaled_pullback i j :
   scaled over_rows' over_cols' B z s' t' i j =
   scaled over_rows over_cols A z s t (f i) (g j).
 Proof.
-rewrite !mxE matrix_statistic_pullback row_pooled_pullback col_pooled_pullback.
-apply: eq_bigr => a _.
-by rewrite row_output_pullback col_output_pullback pulled_back.
+rewrite !mxE; apply: eq_bigr => a _.
+by rewrite row_settled_pullback col_settled_pullback pulled_back.
 Qed.
 
 Theorem adapter_pullback i j :
@@ -230,14 +255,14 @@ by apply: cols_respected => j'; rewrite scaled_pullback.
 Qed.
 
 Theorem row_state_pullback i :
-  next_row_state over_rows' over_cols' B z s' i =
-  next_row_state over_rows over_cols A z s (f i).
-Proof. by rewrite /next_row_state row_output_pullback. Qed.
+  next_row_state over_rows' over_cols' B z s' t' i =
+  next_row_state over_rows over_cols A z s t (f i).
+Proof. by rewrite /next_row_state row_settled_pullback. Qed.
 
 Theorem col_state_pullback j :
-  next_col_state over_rows' over_cols' B z t' j =
-  next_col_state over_rows over_cols A z t (g j).
-Proof. by rewrite /next_col_state col_output_pullback. Qed.
+  next_col_state over_rows' over_cols' B z s' t' j =
+  next_col_state over_rows over_cols A z s t (g j).
+Proof. by rewrite /next_col_state col_settled_pullback. Qed.
 
 Theorem matrix_state_pullback :
   next_matrix_state over_rows' over_cols' B z s' t' =
@@ -289,7 +314,7 @@ Theorem adapter_keeps_zero over_rows over_cols i j :
   (forall a, A a i j = 0) -> direction over_rows over_cols A z s t i j = 0.
 Proof.
 move=> zero; rewrite /direction mxE [scaled _ _ _ _ _ _ _ _]mxE big1 ?mulr0 //.
-by move=> a _; rewrite zero mulr0 mul0r mulr0.
+by move=> a _; rewrite zero mulr0 mul0r.
 Qed.
 
 Section Permutation.
@@ -324,10 +349,10 @@ exact: mean_permuted.
 Qed.
 
 Theorem adapter_state_equivariant :
-  [/\ forall i, next_row_state (@mean F d) (@mean F p) B z s' i =
-                next_row_state (@mean F d) (@mean F p) A z s (sigma i),
-      forall j, next_col_state (@mean F d) (@mean F p) B z t' j =
-                next_col_state (@mean F d) (@mean F p) A z t (tau^-1%g j) &
+  [/\ forall i, next_row_state (@mean F d) (@mean F p) B z s' t' i =
+                next_row_state (@mean F d) (@mean F p) A z s t (sigma i),
+      forall j, next_col_state (@mean F d) (@mean F p) B z s' t' j =
+                next_col_state (@mean F d) (@mean F p) A z s t (tau^-1%g j) &
       next_matrix_state (@mean F d) (@mean F p) B z s' t' =
       next_matrix_state (@mean F d) (@mean F p) A z s t].
 Proof.
@@ -347,24 +372,25 @@ End Adapter.
 Section OneMatrix.
 
 Variables (F : realFieldType) (row_state col_state : Type) (d p : nat).
-Variable row_network :
-  'M[F]_1 -> 'M[F]_1 -> unit -> row_state -> 'rV[F]_1 * 'rV[F]_0 * row_state.
-Variable col_network :
-  'M[F]_1 -> 'M[F]_1 -> unit -> col_state -> 'rV[F]_1 * 'rV[F]_0 * col_state.
+Variable row_network : 'M[F]_1 -> 'M[F]_1 -> row_state -> 'rV[F]_1 * row_state.
+Variable col_network : 'M[F]_1 -> 'M[F]_1 -> col_state -> 'rV[F]_1 * col_state.
 
-(* Without momentum, pooling and normalisation this is D = diag(l) R diag(k), *)
-(* with l and k computed from diag(R R^T)/p and diag(R^T R)/d.                *)
+(* Without momentum, averaged outputs and normalisation this is the           *)
+(* D = diag(l) R diag(k) of the method, with l and k computed from            *)
+(* diag(R R^T)/p and diag(R^T R)/d.                                           *)
 Theorem adapter_is_diagonal_scaling (R : 'M[F]_(d, p)) s t :
   let r i := row_statistic (@mean F p) (fun=> R) i in
   let c j := col_statistic (@mean F d) (fun=> R) j in
   let m := matrix_statistic (@mean F d) (@mean F p) (fun=> R) in
-  direction row_network col_network (fun _ _ _ _ => const_mx 1) (fun _ _ _ _ => 1)
-    (fun=> 1) (@mean F d) (@mean F p) (fun=> R) tt s t =
-    diag_mx (\row_i (row_network (r i) m tt (s i)).1.1 0 0) *m R *m
-    diag_mx (\row_j (col_network (c j) m tt (t j)).1.1 0 0).
+  direction (fun r m _ s => (row_network r m s, 0 : 'rV[F]_0))
+    (fun c m _ t => (col_network c m t, 0 : 'rV[F]_0))
+    (fun _ _ _ _ found => found) (fun _ _ _ _ found => found)
+    (fun _ _ _ _ => 1) (fun=> 1) (@mean F d) (@mean F p) (fun=> R) tt s t =
+    diag_mx (\row_i (row_network (r i) m (s i)).1 0 0) *m R *m
+    diag_mx (\row_j (col_network (c j) m (t j)).1 0 0).
 Proof.
 rewrite /direction mulr1 scale1r; apply/matrixP=> i j.
-by rewrite mul_diag_mx mul_mx_diag !mxE big_ord1 mxE mul1r.
+by rewrite mul_diag_mx mul_mx_diag !mxE big_ord1.
 Qed.
 
 Theorem row_statistic_diagonal (R : 'M[F]_(d, p)) i :

@@ -15,12 +15,15 @@ Local Open Scope ring_scope.
 Section Update.
 
 Variables (F : realFieldType) (d p E : nat).
-Variables (row_state col_state matrix_state : Type).
+Variables (row_state col_state matrix_state row_found col_found : Type).
 Variable row_network :
-  'M[F]_2 -> 'M[F]_2 -> matrix_state -> row_state -> 'rV[F]_2 * 'rV[F]_E * row_state.
+  'M[F]_2 -> 'M[F]_2 -> matrix_state -> row_state -> row_found * 'rV[F]_E.
 Variable col_network :
-  'M[F]_2 -> 'M[F]_2 -> matrix_state -> col_state -> 'rV[F]_2 * 'rV[F]_E * col_state.
-Variable mixer : 'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> 'rV[F]_2.
+  'M[F]_2 -> 'M[F]_2 -> matrix_state -> col_state -> col_found * 'rV[F]_E.
+Variable row_settle :
+  'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> row_found -> 'rV[F]_2 * row_state.
+Variable col_settle :
+  'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> col_found -> 'rV[F]_2 * col_state.
 Variable length : 'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> F.
 Variable remember : 'M[F]_2 -> matrix_state -> 'rV[F]_E -> 'rV[F]_E -> matrix_state.
 Variable normaliser : F -> F.
@@ -44,14 +47,16 @@ Definition step (gradient : 'M[F]_(d, p) -> 'M[F]_(d, p)) (x : carry) : carry :=
   let z := memory x in
   let m := decay z *: momentum x + (1 - decay z) *: R in
   let family := fun a : 'I_2 => if a == 0 then R else m in
-  let D := direction row_network col_network mixer length normaliser
+  let D := direction row_network col_network row_settle col_settle length normaliser
              (@mean F d) (@mean F p) family z (rows x) (cols x) in
   let Y := retract (point x) (- project (point x) D) in
   Carry Y (project Y m)
     (next_matrix_state row_network col_network remember
        (@mean F d) (@mean F p) family z (rows x) (cols x))
-    (next_row_state row_network (@mean F d) (@mean F p) family z (rows x))
-    (next_col_state col_network (@mean F d) (@mean F p) family z (cols x)).
+    (next_row_state row_network col_network row_settle
+       (@mean F d) (@mean F p) family z (rows x) (cols x))
+    (next_col_state row_network col_network col_settle
+       (@mean F d) (@mean F p) family z (rows x) (cols x)).
 
 (* Gradients may change from step to step (mini-batches).                     *)
 Fixpoint trajectory (gradients : nat -> 'M[F]_(d, p) -> 'M[F]_(d, p))
@@ -114,8 +119,8 @@ set A := fun a : 'I_2 => if a == 0 then R else m1.
 set B := fun a : 'I_2 => if a == 0 then permute R else permute m1.
 have family a : B a = permute (A a) by rewrite /A /B; case: (a == 0).
 have [next_rows next_cols next_memory] := adapter_state_equivariant
-  row_network col_network remember z family row_states col_states.
-have directions := adapter_equivariant row_network col_network mixer length
+  row_network col_network row_settle col_settle remember z family row_states col_states.
+have directions := adapter_equivariant row_network col_network row_settle col_settle length
   normaliser z family row_states col_states.
 rewrite directions project_permutes permuteN retract_permutes //; last first.
   exact: tangent_step.
