@@ -6,7 +6,8 @@ Four things can go wrong with a machine-checked proof, and each has its own gate
 2. a proof is wrong: ``coqc``;
 3. a proof leans on something outside the listed files, an axiom of the standard library say: ``Print Assumptions``
    on every theorem and lemma, then ``coqchk``, which reads the compiled files with an independent kernel;
-4. a statement quietly disappears: ``statements.json`` and the sources must name the same theorems.
+4. a statement quietly disappears: ``statements.json`` and the sources must name the same theorems, each statement
+   must have its heading in its Markdown file, and the table in ``README.md`` must be the one of ``statements.json``.
 
 Only the standard library of Python is used. Everything written lands in ``coq/build``.
 Exit codes: 0 all proven, 1 something is not, 2 Coq or MathComp is missing.
@@ -27,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "coq"
 BUILD = SOURCES / "build"
 STATEMENTS = HERE / "statements.json"
+README = HERE / "README.md"
+TABLE_BEGINS, TABLE_ENDS = "<!-- table begins -->\n", "<!-- table ends -->"
 PACKAGES = "coq libcoq-mathcomp-ssreflect libcoq-mathcomp-algebra libcoq-mathcomp-algebra-tactics"
 
 # Vernacular that leaves a gap, or that switches a check of the kernel off.
@@ -150,7 +153,36 @@ def compare_with_statements(files: list[Path], statements: Path) -> int:
         raise Failure(f"in statements.json but not in the sources: {missing}")
     if unlisted := sorted(name for name, kind in found.items() if kind == "Theorem" and name not in listed):
         raise Failure(f"theorems that statements.json does not mention: {unlisted}")
+    for statement in table:
+        heading = f"## {statement['id']}\n"
+        if "markdown" in statement and heading not in (HERE / statement["markdown"]).read_text():
+            raise Failure(f"{statement['markdown']} has no heading for {statement['id']}")
     return len(listed)
+
+
+def table_of(statements: Path) -> str:
+    """The rows of README.md."""
+    rows = ["| statement | plain proof | checked | Coq theorem | code it is about | hypothesis test |", "|---|---|---|---|---|---|"]
+    for statement in json.loads(statements.read_text())["statements"]:
+        name, path = statement["id"], statement["markdown"]
+        by_file: dict[str, list[str]] = {}
+        for theorem in statement["coq"]:
+            by_file.setdefault(theorem.partition(":")[0], []).append(f"`{theorem.partition(':')[2]}`")
+        coq = "; ".join(f"[`{file}`](coq/{file}): {', '.join(names)}" for file, names in by_file.items())
+        code = ", ".join(f"`{code}`" for code in statement["code"])
+        test = f"`{statement['test'].partition('::')[2]}`" + ("" if statement["test_exists"] else " (not yet)")
+        rows.append(
+            f"| {statement['title']} | [{name}]({path}#{name}) | {statement['checked']} | {coq or 'none'} "
+            f"| {code or 'not yet'} | {test} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def readme_parts() -> tuple[str, str, str]:
+    """README.md before, inside and after its table."""
+    before, _, rest = README.read_text().partition(TABLE_BEGINS)
+    table, _, after = rest.partition(TABLE_ENDS)
+    return before + TABLE_BEGINS, table, TABLE_ENDS + after
 
 
 def check(directory: Path, build: Path, statements: Path, with_coqchk: bool = True) -> str:
@@ -162,6 +194,8 @@ def check(directory: Path, build: Path, statements: Path, with_coqchk: bool = Tr
     compile_all(files, build, flags)
     total = print_assumptions(files, build, flags)
     listed = compare_with_statements(files, statements)
+    if readme_parts()[1] != table_of(statements):
+        raise Failure("the table in README.md is not that of statements.json: run check.py --table")
     if with_coqchk:
         independent_check(files, build)
     return f"{total} statements proven, nothing assumed; {listed} of them in statements.json"
@@ -232,7 +266,12 @@ def coq_is_here() -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the Coq proofs and show that they assume nothing.")
     parser.add_argument("--selftest", action="store_true", help="plant mistakes in a copy and show that each is seen")
+    parser.add_argument("--table", action="store_true", help="write the table of statements.json into README.md; needs no Coq")
     arguments = parser.parse_args()
+    if arguments.table:
+        before, _, after = readme_parts()
+        README.write_text(before + table_of(STATEMENTS) + after)
+        return 0
     if not coq_is_here():
         print(f"Coq with MathComp is missing; on Debian: apt-get install {PACKAGES}", file=sys.stderr)
         return 2
