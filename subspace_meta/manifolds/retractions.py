@@ -103,7 +103,7 @@ class CholeskyQR(OrthonormalRetraction):
     Up to twice as fast as Householder QR, smooth everywhere. Steps with Frobenius norm above ``max_norm`` are
     shortened to it (see the module's text): that is the step's length in the metric, never less than the spectral
     norm, and costs one pass over V where the spectral norm would cost another Gram matrix. At the bound the float32
-    orthonormality error is at most 5e-6, for a step of rank one; for one of full rank it is 1e-6.
+    orthonormality error is below 1e-5 for a step of rank one, and below 1e-6 for one of full rank.
     """
 
     max_norm: float = 10.0

@@ -137,7 +137,7 @@ def test_spheres(family):
     assert m.dimension((2, 5, 3)) == (28 if family is Sphere else 24)
     close(m.violation(1.1 * x), torch.tensor(0.105), 1e-7)
     # Long and tiny angles.
-    for angle in (3.0, 1e-9):
+    for angle in (3.0, 9e-3, 1e-9):
         far = x * math.cos(angle) + direction * math.sin(angle)
         close(m.log(x, far), angle * direction, 2e-15 / (math.pi - angle) ** 2 + 1e-15)
         expected = angle * (1 if family is Sphere else math.sqrt(3))

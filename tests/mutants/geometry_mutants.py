@@ -95,6 +95,7 @@ MUTANTS = (
     Mutant("matrix_functions", "differences = roots[..., :, None] + roots[..., None, :]", "differences = 2.0 * roots[..., :, None] + 0.0 * roots[..., None, :]", "wrong divided difference"),
     Mutant("matrix_functions", "torch.linalg.eigh(symmetric_part(a.detach()))", "torch.linalg.eigh(symmetric_part(a))", "derivative through the eigenvectors"),
     Mutant("matrix_functions", "half * half / 6.0", "half * half / 3.0", "wrong divided difference"),
+    Mutant("matrix_functions", "far.sinh() / far)", "far.cosh())", "wrong divided difference"),
     # stiefel, canonical, grassmann
     Mutant("stiefel", "subtract_product(v, x, symmetric_part(x.mT @ v))", "subtract_product(v, x, -symmetric_part(x.mT @ v))", "wrong sign"),
     Mutant("stiefel", "subtract_product(v, x, symmetric_part(x.mT @ v))", "subtract_product(v, x, x.mT @ v)", "dropped symmetrisation"),
