@@ -1,13 +1,13 @@
 """The method, formula by formula: loops over coordinates, float64, one matrix. What every fast path is compared with.
 
-Source: Yu, Wu, Gao, Fan, Jia, "Large-Scale Riemannian Meta-Optimization via Subspace Adaptation", arXiv 2501.15235, for
-preset ``paper``; preset ``base`` is described in ``subspace_meta/adapter/base.py``. Nothing is shared with the fast path
-but the projections, gradients and transports of the manifolds: no packing, no groups, no batch, and retractions by the
+Source: Yu, Wu, Gao, Fan, Jia, "Large-Scale Riemannian Meta-Optimization via Subspace Adaptation", arXiv 2501.15235,
+for preset ``paper``; preset ``base`` is described in ``subspace_meta/adapter/base.py``. Nothing is shared with the fast
+path but the manifolds' projections, gradients and transports: no packing, no groups, no batch, and retractions by the
 textbook (Householder QR, SVD). Steps are not shortened here, so the two agree for steps within the bound of the fast
-path's retraction. Slow on purpose; not differentiable on purpose (SVD).
+path's retraction. Slow on purpose, and not to be differentiated (SVD).
 
-Notation, as in the method's description: R the Riemannian gradient, M its running mean, d rows, p columns; a *coordinate*
-is a row or a column; l and k are the row and column scales.
+Notation: R the Riemannian gradient, M its running mean, d rows, p columns; a *coordinate* is a row or a column; l and k
+are the row and column scales.
 """
 
 from __future__ import annotations
@@ -235,7 +235,10 @@ def _paper(
 def _lstm(
     theta: Mapping[str, Tensor], name: str, second_bias: str, x: Tensor, old: Coordinate, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """Return hidden and cell, ``(H,)`` each, of one LSTM cell for one coordinate; gates input, forget, candidate, output."""
+    """Return hidden and cell, ``(H,)`` each, of one coordinate after one LSTM layer.
+
+    Gates lie in the order input, forget, candidate, output.
+    """
     units = theta[f"{name}.hidden"].shape[1]
     zero = torch.zeros(units, dtype=torch.float64)
     hidden, cell = (old.hidden[layer], old.cell[layer]) if old.hidden else (zero, zero)

@@ -1,0 +1,68 @@
+"""Things that tests make: normal tensors from a seed, meta-parameters that use every input, optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+import subspace_meta as sm
+from subspace_meta.optimizers.subspace import PRESETS
+
+MANIFOLDS = {
+    "Stiefel, Cholesky QR": sm.Stiefel(),
+    "Stiefel, Newton-Schulz": sm.Stiefel(retraction=sm.PolarNewtonSchulz()),
+    "Grassmann": sm.Grassmann(),
+}
+OPTIMIZERS = ("base", "paper", "RSGD", "RSGD momentum", "RAdam", "RASA-L", "RASA-R", "RASA-LR", "RASA decay")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def lively_weights(preset: str = "base", seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 0.3) -> dict:
+    """Return meta-parameters in which no entry is zero, so that every feature and every head matters."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = PRESETS[preset].init_weights(generator)
+    return {
+        name: value.to(dtype) + size * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, value in weights.items()
+    }
+
+
+def make_optimizer(
+    name: str, geometry: sm.Geometry, dtype: torch.dtype = torch.float64, lr: float = 1e-2, seed: int = 0
+) -> sm.Optimizer:
+    """Return one of ``OPTIMIZERS``."""
+    if name in ("base", "paper"):
+        return sm.SubspaceOptimizer(geometry, lively_weights(name, seed, dtype), name)
+    return {
+        "RSGD": lambda: sm.RSGD(geometry, lr),
+        "RSGD momentum": lambda: sm.RSGD(geometry, lr, momentum=0.9),
+        "RAdam": lambda: sm.RAdam(geometry, lr),
+        "RASA-L": lambda: sm.RASA(geometry, lr, variant="L"),
+        "RASA-R": lambda: sm.RASA(geometry, lr, variant="R"),
+        "RASA-LR": lambda: sm.RASA(geometry, lr),
+        "RASA decay": lambda: sm.RASA(geometry, lr, decay=True),
+    }[name]()
+
+
+def start(
+    shapes: Mapping[str, Sequence[int]],
+    rules: Mapping[str, sm.Manifold],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[sm.Geometry, dict[str, Tensor]]:
+    """Return a geometry and a random feasible start."""
+    geometry = sm.Geometry.from_rules({k: torch.empty(*s, device="meta") for k, s in shapes.items()}, rules)
+    params = geometry.initialize(torch.Generator().manual_seed(seed), torch.float64)
+    return geometry, {name: value.to(dtype) for name, value in params.items()}
+
+
+def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Return the largest absolute difference of two dicts of tensors."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
