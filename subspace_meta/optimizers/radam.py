@@ -69,8 +69,9 @@ class RAdam:
             momentum = torch.lerp(momentum, r, 1 - beta1)
             energy = beta2 * energy + (1 - beta2) * group.manifold.inner(x, r, r) / (r.shape[-2] * r.shape[-1])
             denominator = (energy / correction2).sqrt() + self.eps
-            tangent = (-self.lr / correction1 / denominator)[..., None, None] * momentum
-            y = group.manifold.retract(x, tangent)
+            update = (-self.lr / correction1 / denominator)[..., None, None] * momentum
+            # Projected again: of a gradient normal to the manifold only rounding errors are left, and they point anywhere.
+            y = group.manifold.retract(x, group.manifold.project(x, update))
             moved.append(y)
             momenta.append(group.manifold.transport(x, y, momentum))
             energies.append(energy)
