@@ -70,7 +70,7 @@ class RAdam:
             energy = beta2 * energy + (1 - beta2) * group.manifold.inner(x, r, r) / (r.shape[-2] * r.shape[-1])
             denominator = (energy / correction2).sqrt() + self.eps
             update = (-self.lr / correction1 / denominator)[..., None, None] * momentum
-            # Projected again: of a gradient normal to the manifold only rounding errors are left, and they point anywhere.
+            # Projected again: a gradient normal to the manifold leaves only rounding errors, which point anywhere.
             y = group.manifold.retract(x, group.manifold.project(x, update))
             moved.append(y)
             momenta.append(group.manifold.transport(x, y, momentum))
