@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subspace_meta.adapter.features import TINY
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers.base import check_start, gather_gradients
 
@@ -68,7 +69,8 @@ class RAdam:
         for group, x, r, momentum, energy in groups:
             momentum = torch.lerp(momentum, r, 1 - beta1)
             energy = beta2 * energy + (1 - beta2) * group.manifold.inner(x, r, r) / (r.shape[-2] * r.shape[-1])
-            denominator = (energy / correction2).sqrt() + self.eps
+            # TINY keeps the root's derivative finite at a gradient of zero.
+            denominator = (energy / correction2 + TINY).sqrt() + self.eps
             update = (-self.lr / correction1 / denominator)[..., None, None] * momentum
             # Projected again: a gradient normal to the manifold leaves only rounding errors, which point anywhere.
             y = group.manifold.retract(x, group.manifold.project(x, update))
