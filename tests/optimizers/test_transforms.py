@@ -1,0 +1,197 @@
+"""Updates are pure functions: unchanged inputs, every torch.func transform, every accepted type."""
+
+import pytest
+import torch
+from making import OPTIMIZERS, largest_difference, lively_weights, make_optimizer, normal, start
+from torch.func import grad, jvp, vmap
+from torch.utils import _pytree as pytree
+
+import subspace_meta as sm
+
+SHAPES = {"a": (6, 2), "b": (6, 2), "c": (5, 3), "bias": (4,)}
+RULES = {"a": sm.Stiefel(), "b": sm.Stiefel(), "c": sm.Grassmann()}
+
+optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def gradients(params, seed=0):
+    return {k: normal(*v.shape, seed=seed + 31 * i).to(v.dtype) for i, (k, v) in enumerate(params.items())}
+
+
+def prepared(name, dtype=torch.float64, steps=2):
+    """Return an optimizer, parameters and a state that is not the initial one."""
+    geometry, params = start(SHAPES, RULES, seed=100, dtype=dtype)
+    optimizer = make_optimizer(name, geometry, dtype)
+    state = optimizer.init(params)
+    for t in range(steps):
+        params, state = optimizer.update(gradients(params, t), state, params)
+    return optimizer, params, state
+
+
+@optimizers
+def test_inputs_are_unchanged(name):
+    optimizer, params, state = prepared(name)
+    grads = gradients(params, 5)
+    inputs = (grads, state, params, getattr(optimizer, "weights", {}))
+    before = pytree.tree_map(torch.clone, inputs)
+    results = optimizer.update(grads, state, params)
+    for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(inputs), strict=True):
+        assert torch.equal(a, b)
+    assert largest_difference(optimizer.update(grads, state, params)[0], results[0]) == 0.0
+
+
+@optimizers
+def test_types_are_kept(name):
+    for dtype in (torch.float32, torch.float64):
+        optimizer, params, state = prepared(name, dtype, steps=1)
+        moved, state2 = optimizer.update(gradients(params), state, params)
+        assert {value.dtype for value in pytree.tree_leaves((moved, state2))} == {dtype}
+        for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(state2), strict=True):
+            assert a.shape == b.shape
+
+
+@optimizers
+def test_float32_follows_float64(name):
+    singles, doubles = prepared(name, torch.float32, 3)[1], prepared(name, torch.float64, 3)[1]
+    assert largest_difference(singles, doubles) < 1e-4
+
+
+@optimizers
+def test_short_gradients_are_accepted(name):
+    for short in (torch.bfloat16, torch.float16):
+        optimizer, params, state = prepared(name, torch.float32)
+        grads = {k: v.to(short) for k, v in gradients(params).items()}
+        moved, state2 = optimizer.update(grads, state, params)
+        same, _ = optimizer.update({k: v.float() for k, v in grads.items()}, state, params)
+        assert largest_difference(moved, same) == 0.0
+        assert {value.dtype for value in pytree.tree_leaves((moved, state2))} == {torch.float32}
+
+
+@optimizers
+def test_vmap_is_a_loop(name):
+    tasks = 3
+    optimizer = make_optimizer(name, start(SHAPES, RULES)[0])
+    starts = [start(SHAPES, RULES, seed=100 + i)[1] for i in range(tasks)]
+    params = {k: torch.stack([s[k] for s in starts]) for k in SHAPES}
+    grads = {k: normal(tasks, *v.shape[1:], seed=i) for i, (k, v) in enumerate(params.items())}
+
+    def two_steps(params, grads):
+        params, state = optimizer.update(grads, optimizer.init(params), params)
+        return optimizer.update(grads, state, params)[0]
+
+    together = vmap(two_steps)(params, grads)
+    for i in range(tasks):
+        alone = two_steps(starts[i], {k: v[i] for k, v in grads.items()})
+        assert largest_difference({k: v[i] for k, v in together.items()}, alone) < 1e-12
+
+
+def scalar_of(optimizer, params, state):
+    """Return a scalar function of the gradients: a smooth function of the parameters two steps later."""
+
+    def function(grads):
+        p, s = optimizer.update(grads, state, params)
+        p, _ = optimizer.update({k: torch.sin(v) for k, v in grads.items()}, s, p)
+        return sum((torch.cos(v) * normal(*v.shape, seed=77)).sum() for v in p.values())
+
+    return function
+
+
+@optimizers
+def test_reverse_and_forward_derivatives_and_differences_agree(name):
+    optimizer, params, state = prepared(name)
+    function = scalar_of(optimizer, params, state)
+    grads, direction = gradients(params, 5), gradients(params, 6)
+    reverse = sum((v * direction[k]).sum() for k, v in grad(function)(grads).items())
+    forward = jvp(function, (grads,), (direction,))[1]
+    assert reverse == pytest.approx(float(forward), rel=1e-10)
+    h = 1e-6
+    ends = [float(function({k: v + s * h * direction[k] for k, v in grads.items()})) for s in (1, -1)]
+    assert float(reverse) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("preset", ["base", "paper"])
+def test_gradient_with_respect_to_the_weights(preset):
+    geometry, params = start(SHAPES, RULES, seed=100)
+    weights = lively_weights(preset)
+
+    def function(weights):
+        optimizer = sm.SubspaceOptimizer(geometry, weights, preset)
+        p, s = optimizer.update(gradients(params, 1), optimizer.init(params), params)
+        p, _ = optimizer.update(gradients(params, 2), s, p)
+        return sum((v * normal(*v.shape, seed=7)).sum() for v in p.values())
+
+    exact = grad(function)(weights)
+    for seed in range(2):
+        direction = {k: normal(*v.shape, seed=seed + 5) for k, v in weights.items()}
+        h = 1e-6
+        ends = [float(function({k: v + s * h * direction[k] for k, v in weights.items()})) for s in (1, -1)]
+        along = sum(float((exact[k] * direction[k]).sum()) for k in weights)
+        assert along == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6, abs=1e-8)
+    silent = [k for k, v in exact.items() if not v.abs().max() > 0]
+    assert not silent, "no meta-parameter may be without effect"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda g, lr: sm.RSGD(g, lr), lambda g, lr: sm.RAdam(g, lr), lambda g, lr: sm.RASA(g, lr)]
+)
+def test_the_learning_rate_may_be_a_tensor(make):
+    geometry, params = start(SHAPES, RULES, seed=100)
+    grads = gradients(params)
+
+    def moved(lr):
+        return make(geometry, lr).update(grads, make(geometry, lr).init(params), params)[0]
+
+    rate = torch.tensor(0.03, dtype=torch.float64)
+    assert largest_difference(moved(rate), moved(0.03)) < 1e-15
+    slope = grad(lambda lr: moved(lr)["a"].square().sum() + moved(lr)["bias"].sum())(rate)
+    h = 1e-6
+    ends = [float(moved(0.03 + s * h)["bias"].sum()) for s in (1, -1)]
+    assert float(slope) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6)
+    rates = torch.tensor([0.01, 0.03], dtype=torch.float64)
+    assert torch.allclose(vmap(moved)(rates)["c"][1], moved(0.03)["c"], atol=1e-14)
+
+
+def test_second_derivatives_at_a_zero_gradient_are_finite():
+    """Meta-gradients of a task that starts at its optimum must not be NaN."""
+    for dtype in (torch.float32, torch.float64):
+        geometry, params = start({"x": (6, 2)}, {"x": sm.Stiefel()}, dtype=dtype)
+        for name in OPTIMIZERS:
+            optimizer = make_optimizer(name, geometry, dtype)
+
+            def function(g, optimizer=optimizer, params=params):
+                moved, state = optimizer.update({"x": g}, optimizer.init(params), params)
+                return optimizer.update({"x": g}, state, moved)[0]["x"].sum()
+
+            result = grad(function)(torch.zeros_like(params["x"]))
+            assert torch.isfinite(result).all(), name
+
+
+def test_an_infeasible_start_is_refused():
+    for name in OPTIMIZERS:
+        geometry, params = start({"x": (6, 2)}, {"x": sm.Stiefel()})
+        optimizer = make_optimizer(name, geometry)
+        with pytest.raises(ValueError, match=r"parameter 'x' is not on Stiefel: .*geometry.project"):
+            optimizer.init({"x": params["x"] * 1.1})
+        with pytest.raises(ValueError, match=r"parameter 'x' has shape \(5, 2\), the geometry says \(6, 2\)"):
+            optimizer.init({"x": params["x"][:5]})
+
+
+def test_wrong_weights_are_refused():
+    geometry, _ = start({"x": (6, 2)}, {})
+    weights = lively_weights("base")
+    with pytest.raises(ValueError, match=r"not those of preset 'paper': missing \['column_head.*unknown \["):
+        sm.SubspaceOptimizer(geometry, {k: v for k, v in weights.items() if "head" not in k}, "paper")
+    with pytest.raises(ValueError, match=r"'lstm.bias' has shape \(4, 1\); preset 'base' .* 20 needs \(80, 1\)"):
+        sm.SubspaceOptimizer(geometry, {**weights, "lstm.bias": torch.zeros(4, 1)})
+    with pytest.raises(ValueError, match="preset 'large' is unknown; there are base, paper"):
+        sm.SubspaceOptimizer(geometry, weights, "large")
+
+
+@optimizers
+def test_numbers_that_are_not_finite_propagate(name):
+    optimizer, params, state = prepared(name)
+    grads = gradients(params)
+    grads["c"] = grads["c"] * float("nan")
+    moved, _ = optimizer.update(grads, state, params)
+    assert moved["c"].isnan().all()
+    assert all(torch.isfinite(moved[k]).all() for k in ("a", "b", "bias")), "a NaN stays in its own matrix"
