@@ -127,8 +127,9 @@ def test_gradient_with_respect_to_the_weights(preset):
         ends = [float(function({k: v + s * h * direction[k] for k, v in weights.items()})) for s in (1, -1)]
         along = sum(float((exact[k] * direction[k]).sum()) for k in weights)
         assert along == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6, abs=1e-8)
-    silent = [k for k, v in exact.items() if not v.abs().max() > 0]
-    assert not silent, "no meta-parameter may be without effect"
+    silent = {k for k, v in exact.items() if not v.abs().max() > 1e-12}
+    # The published preset centres its outputs, so a bias there is without effect; no other meta-parameter is.
+    assert silent == ({"row_head.bias", "column_head.bias"} if preset == "paper" else set())
 
 
 @pytest.mark.parametrize(
