@@ -54,7 +54,8 @@ class InnerLoop:
     def start(self, theta: Weights, params: Params) -> Carry:
         """Return the carry at stacked starting points."""
         optimizer = self.make_optimizer(self.problem.geometry, theta)
-        return Carry(params, torch.func.vmap(optimizer.init)(params))
+        carry = Carry(params, torch.func.vmap(optimizer.init)(params))
+        return _contiguous(carry)
 
     def step(self, theta: Weights, carry: Carry, batch: Batch, data: Data) -> tuple[Carry, Tensor]:
         """Take one step on one task; return the carry and the objective after it."""
@@ -78,6 +79,11 @@ class Trace(NamedTuple):
     borders: list[Carry]
 
 
+def _contiguous(tree: Any) -> Any:
+    """Make all tensors contiguous: a block that saw other strides would be compiled a second time."""
+    return pytree.tree_map(torch.Tensor.contiguous, tree)
+
+
 def _steps(batches: Batch) -> int:
     return next(iter(batches.values())).shape[0]
 
@@ -92,13 +98,13 @@ def _blocks(loop: InnerLoop) -> tuple[Callable[..., Any], Callable[..., Any]]:
         for t in range(_steps(batches)):
             carry, objective = step(theta, carry, {name: value[t] for name, value in batches.items()}, data)
             objectives.append(objective)
-        return carry, torch.stack(objectives)
+        return _contiguous(carry), torch.stack(objectives)
 
     def backward(
         theta: Weights, carry: Carry, batches: Batch, data: Data, cotangents: tuple[Carry, Tensor]
     ) -> tuple[Weights, Carry]:
         pullback: Any = torch.func.vjp(lambda t, c: forward(t, c, batches, data), theta, carry)[1]
-        return pullback(cotangents)
+        return _contiguous(pullback(cotangents))
 
     if not loop.compiled:
         return forward, backward
@@ -138,7 +144,7 @@ def pull_back(
     The carry at the first border is a constant: the derivative stops there (truncation).
     """
     _, backward = _blocks(loop)
-    carry_cotangent = pytree.tree_map(torch.zeros_like, trace.carry)
+    carry_cotangent = _contiguous(pytree.tree_map(torch.zeros_like, trace.carry))
     total = {name: torch.zeros_like(value) for name, value in theta.items()}
     for index in reversed(range(len(trace.borders))):
         window = slice(index * loop.block, (index + 1) * loop.block)

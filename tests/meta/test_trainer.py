@@ -1,0 +1,151 @@
+"""The outer loop: exact resumption, skipped meta-gradients, its loss, and that it learns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import subspace_meta as sm
+from subspace_meta.meta.trainer import (
+    LOSS_FLOOR,
+    MOST_SKIPPED,
+    StreamSettings,
+    Trainer,
+    TrainingError,
+    TrainSettings,
+    relative_log_loss,
+)
+from subspace_meta.tasks import SyntheticPCA
+
+FAMILY = SyntheticPCA(10, 2, batch_size=8)
+SETTINGS = TrainSettings(
+    (StreamSettings((FAMILY,), tasks=3, compiled=False), StreamSettings((SyntheticPCA(6, 3, 8),), 2, compiled=False)),
+    outer_steps=12,
+    segment=4,
+    horizon=(4, 16),
+)
+
+
+def without_time(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    whole = Trainer(SETTINGS)
+    records = without_time(list(whole.run()))
+    for cut in (1, 5, 11):
+        first = Trainer(SETTINGS)
+        for _ in range(cut):
+            first.step()
+        first.save(tmp_path / "checkpoint.safetensors")
+        second = Trainer(SETTINGS)
+        second.load(tmp_path / "checkpoint.safetensors")
+        assert without_time(list(second.run())) == records[cut:]
+        assert all(torch.equal(second.theta[name], whole.theta[name]) for name in whole.theta)
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    trainer = Trainer(SETTINGS)
+    trainer.step()
+    trainer.save(tmp_path / "c.safetensors")
+    with pytest.raises(sm.CheckpointError, match=r"other settings; these differ: \['lr', 'seed'\]"):
+        Trainer(replace(SETTINGS, lr=1e-2, seed=4)).load(tmp_path / "c.safetensors")
+
+
+def test_seeds_matter_and_repeat() -> None:
+    def theta(seed: int) -> Tensor:
+        trainer = Trainer(replace(SETTINGS, seed=seed, outer_steps=3))
+        list(trainer.run())
+        return torch.cat([value.flatten() for value in trainer.theta.values()])
+
+    assert torch.equal(theta(0), theta(0))
+    assert not torch.equal(theta(0), theta(1))
+
+
+@dataclass(frozen=True)
+class Spoiled(SyntheticPCA):
+    """A family whose draws are NaN with the given probability."""
+
+    probability: float = 1.0
+
+    def sample(self, data: dict[str, Tensor], generator: torch.Generator, steps: int) -> dict[str, Tensor]:
+        batch = super().sample(data, generator, steps)
+        if float(torch.rand((), generator=generator)) < self.probability:
+            batch["z"] = batch["z"] * math.nan
+        return batch
+
+
+def spoiled(probability: float, outer_steps: int) -> Trainer:
+    stream = StreamSettings((Spoiled(6, 2, 8, probability=probability),), tasks=2, compiled=False)
+    return Trainer(replace(SETTINGS, streams=(stream,), outer_steps=outer_steps))
+
+
+def test_non_finite_meta_gradients_are_skipped_and_counted() -> None:
+    trainer = spoiled(0.5, 12)
+    before = {name: value.clone() for name, value in trainer.theta.items()}
+    for figures in trainer.run():
+        good = math.isfinite(figures["outer_loss"])
+        changed = any(not torch.equal(before[name], trainer.theta[name]) for name in before)
+        assert changed == good
+        before = {name: value.clone() for name, value in trainer.theta.items()}
+    assert 0 < trainer.skipped < 12
+    assert trainer.updates == 12 - trainer.skipped
+    assert figures["skipped"] == trainer.skipped
+    assert all(torch.isfinite(value).all() for value in trainer.theta.values())
+
+
+def test_a_hopeless_run_stops_and_says_where() -> None:
+    trainer = spoiled(1.0, 100)
+    with pytest.raises(TrainingError, match=f"{MOST_SKIPPED} meta-gradients in a row.*synthetic PCA 6x2"):
+        list(trainer.run())
+
+
+def test_the_outer_loss() -> None:
+    objectives = torch.tensor([[11.0, 2.0], [1.0, 1.5]])
+    values = relative_log_loss(objectives, torch.tensor([11.0, 2.0]), torch.tensor([1.0, 1.0]))
+    assert values[0].tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert values[1].tolist() == pytest.approx([math.log(LOSS_FLOOR), math.log(0.5)], abs=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    settings = replace(SETTINGS, outer_steps=100, warmup=10, lr=1.0)
+    rates = [settings.learning_rate(t) for t in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9]
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"horizon": (2, 8)}, "segment"),
+        ({"preset": "large"}, "'large' is unknown; there are base, paper"),
+    ],
+)
+def test_settings_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+def test_streams_share_one_problem() -> None:
+    with pytest.raises(ValueError, match="must share one problem; these do not: synthetic PCA 10x2, synthetic PCA 6x3"):
+        StreamSettings((FAMILY, SyntheticPCA(6, 3)))
+    with pytest.raises(ValueError, match="at least one"):
+        StreamSettings(())
+
+
+@pytest.mark.parametrize("preset", ["base", "paper"])
+def test_training_lowers_the_outer_loss(preset: str) -> None:
+    # A loss scale at which the features of preset "paper" are not saturated.
+    stream = StreamSettings((SyntheticPCA(10, 2, 8, log10_scale=(1.5, 1.5)),), tasks=8, compiled=False)
+    trainer = Trainer(
+        replace(SETTINGS, streams=(stream,), preset=preset, outer_steps=60, segment=10, horizon=(10, 10), lr=1e-2)
+    )
+    losses = [figures["outer_loss"] for figures in trainer.run()]
+    assert sum(losses[-15:]) / 15 < sum(losses[:15]) / 15 - 0.1
