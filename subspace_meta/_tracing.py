@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# torch.compiler.is_compiling came with torch 2.3
-is_compiling = getattr(torch.compiler, "is_compiling", torch._dynamo.is_compiling)
+# torch.compiler.is_compiling came with torch 2.3. torch._dynamo is a slow import, so it is touched only where needed.
+is_compiling = torch.compiler.is_compiling if hasattr(torch.compiler, "is_compiling") else torch._dynamo.is_compiling
 
 
 def has_values(*tensors: Tensor) -> bool:
