@@ -1,0 +1,230 @@
+"""Geometry: rules, matrix views, groups, and errors that name the parameter and both shapes."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from making import normal
+
+import subspace_meta as sm
+from subspace_meta.geometry import GROUPING_LIMIT, default_view
+
+
+def params_of(**shapes):
+    return {name.replace("_", "."): normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def test_rules_are_globs_and_the_first_match_counts():
+    params = params_of(layer1_weight=(4, 2), layer2_weight=(4, 2), layer2_bias=(4,), head=(5, 5))
+    rules = {"layer1.*": sm.Grassmann(), "*.weight": sm.Stiefel()}
+    geometry = sm.Geometry.from_rules(params, rules)
+    assert geometry.names == tuple(params)
+    assert [p.manifold for p in geometry.parameters] == [sm.Grassmann(), sm.Stiefel(), sm.Euclidean(), sm.Euclidean()]
+    reversed_rules = dict(reversed(rules.items()))
+    assert sm.Geometry.from_rules(params, reversed_rules).parameters[0].manifold == sm.Stiefel()
+
+
+def test_globs_match_case():
+    with pytest.raises(ValueError, match=re.escape("rule 'w*' matches no parameter; the names are W, bias")):
+        sm.Geometry.from_rules(params_of(W=(4, 2), bias=(4,)), {"w*": sm.Stiefel()})
+    with pytest.raises(ValueError, match="the names are none"):
+        sm.Geometry.from_rules({}, {"x": sm.Stiefel()})
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix", "euclidean_matrix"),
+    [
+        ((), (1, 1), (1, 1)),
+        ((5,), (5, 1), (5, 1)),
+        ((5, 2), (5, 2), (5, 2)),
+        ((2, 5), (5, 2), (2, 5)),
+        ((3, 5, 2), (3, 5, 2), (3, 5, 2)),
+        ((3, 2, 5), (3, 5, 2), (3, 2, 5)),
+        ((4, 2, 3, 3), (18, 4), (4, 18)),  # a convolution: out x (in * kernel)
+        ((32, 2, 3, 3), (32, 18), (32, 18)),
+        ((4, 2, 3, 3, 3), (54, 4), (4, 54)),
+    ],
+)
+def test_views(shape, matrix, euclidean_matrix):
+    x = normal(*shape)
+    for manifold, expected in ((sm.Stiefel(), matrix), (sm.Euclidean(), euclidean_matrix)):
+        view = default_view(shape, manifold)
+        assert view.to_matrix(x).shape == expected
+        assert torch.equal(view.from_matrix(view.to_matrix(x)), x)
+        assert hash(view) == hash(default_view(shape, manifold))
+
+
+def test_the_view_of_a_convolution_is_its_matrix():
+    x = normal(32, 2, 3, 3)
+    assert torch.equal(default_view(x.shape, sm.Stiefel()).to_matrix(x), x.reshape(32, 18))
+    y = normal(4, 2, 3, 3)
+    assert torch.equal(default_view(y.shape, sm.Stiefel()).to_matrix(y), y.reshape(4, 18).T)
+    z = normal(3, 2, 5)
+    assert torch.equal(default_view(z.shape, sm.Stiefel()).to_matrix(z), z.mT)
+
+
+def test_a_view_of_the_users_own():
+    """Attention heads as a batch of tall matrices."""
+    view = sm.MatrixView("(h e) d -> h d e", (("h", 4),))
+    geometry = sm.Geometry.from_rules({"query": normal(12, 16)}, {"query": sm.Rule(sm.Stiefel(), view)})
+    assert geometry.parameters[0].matrix_shape == (4, 16, 3)
+    params = geometry.initialize(torch.Generator().manual_seed(0))
+    heads = params["query"].reshape(4, 3, 16)
+    assert (heads @ heads.mT - torch.eye(3)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule", "message"),
+    [
+        ((), sm.Rule(sm.Stiefel(), sm.MatrixView("a b -> b a")), r"parameter 'w' of shape \(\) on Stiefel: "),
+        (
+            (3, 4, 2),
+            sm.Rule(sm.Stiefel(), sm.MatrixView("a b c -> a (c b)")),
+            r"'w' of shape \(3, 4, 2\).*got \(3, 8\)",
+        ),
+        (
+            (6, 2),
+            sm.Rule(sm.Stiefel(), sm.MatrixView("a (b c) -> a b c", (("b", 3),))),
+            r"'w' of shape \(6, 2\) on Sti",
+        ),
+        ((1, 2, 1, 1, 1, 1), sm.Stiefel(), r"'w' of shape \(1, 2, 1, 1, 1, 1\) .* no matrix view is known for 6 dim"),
+        ((4, 0), sm.Stiefel(), r"'w' of shape \(4, 0\) on Stiefel: .*d >= p >= 1, got \(4, 0\)"),
+    ],
+)
+def test_shapes_that_cannot_be(shape, rule, message):
+    with pytest.raises(ValueError, match=message):
+        sm.Geometry.from_rules({"w": torch.zeros(shape)}, {"w": rule})
+
+
+def test_groups_stack_small_equal_matrices():
+    params = params_of(a=(6, 2), b=(2, 6), c=(6, 2), d=(6, 2), e=(6, 3), f=(2, 6, 2))
+    rules = {"c": sm.Grassmann(), "[abdef]": sm.Stiefel()}
+    geometry = sm.Geometry.from_rules(params, rules)
+    assert [[m.name for m in g.members] for g in geometry.groups] == [["a", "b", "d"], ["c"], ["e"], ["f"]]
+    assert [g.shape for g in geometry.groups] == [(3, 6, 2), (6, 2), (6, 3), (2, 6, 2)]
+    assert [g.manifold for g in geometry.groups] == [sm.Stiefel(), sm.Grassmann(), sm.Stiefel(), sm.Stiefel()]
+    different = sm.Geometry.from_rules(
+        params_of(a=(6, 2), b=(6, 2)), {"a": sm.Stiefel(), "b": sm.Stiefel(sm.PolarNewtonSchulz())}
+    )
+    assert len(different.groups) == 2
+
+
+def test_large_matrices_stay_alone():
+    p = 64
+    small, large = GROUPING_LIMIT // p - 1, GROUPING_LIMIT // p
+    names = {f"{kind}{i}": torch.empty(d, p, device="meta") for kind, d in (("s", small), ("l", large)) for i in (0, 1)}
+    geometry = sm.Geometry.from_rules(names)
+    assert [len(g.members) for g in geometry.groups] == [2, 1, 1]
+
+
+shapes = st.lists(
+    st.sampled_from([(), (4,), (5, 2), (2, 5), (3, 5, 2), (3, 2, 5), (4, 2, 3, 3), (9, 2, 2, 2)]),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(shapes=shapes, seed=st.integers(0, 1000))
+def test_gather_and_scatter_are_inverse(shapes, seed):
+    params = {f"x{i}": normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)}
+    for manifold in (sm.Stiefel(), sm.Euclidean()):
+        geometry = sm.Geometry.from_rules(params, {"*": manifold})
+        gathered = geometry.gather(params)
+        assert [tuple(x.shape) for x in gathered] == [group.shape for group in geometry.groups]
+        scattered = geometry.scatter(gathered)
+        assert list(scattered) == list(params)
+        assert all(torch.equal(scattered[name], params[name]) for name in params)
+        assert all(scattered[name].shape == params[name].shape for name in params)
+
+
+@given(shapes=shapes, seed=st.integers(0, 1000))
+def test_project_and_initialize_are_feasible(shapes, seed):
+    params = {f"x{i}": normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)}
+    for manifold in (sm.Stiefel(), sm.Grassmann()):
+        geometry = sm.Geometry.from_rules(params, {"*": manifold})
+        projected = geometry.project(params)
+        geometry.check_feasible(projected, 1e-12)
+        again = geometry.project(projected)
+        assert all(torch.allclose(again[k], projected[k], atol=1e-12) for k in params)
+        geometry.check_feasible(geometry.initialize(torch.Generator().manual_seed(seed), torch.float64), 1e-12)
+
+
+def test_project_is_nearest_and_leaves_the_input():
+    params = params_of(w=(6, 2), b=(3,))
+    before = {name: value.clone() for name, value in params.items()}
+    geometry = sm.Geometry.from_rules(params, {"w": sm.Stiefel()})
+    projected = geometry.project(params)
+    assert all(torch.equal(params[name], before[name]) for name in params)
+    assert torch.equal(projected["b"], params["b"])
+    best = (projected["w"] - params["w"]).norm()
+    for seed in range(5):
+        other = sm.Stiefel().random_point((6, 2), torch.Generator().manual_seed(seed), torch.float64)
+        assert (other - params["w"]).norm() > best
+
+
+def test_initialize_repeats_and_scales():
+    geometry = sm.Geometry.from_rules({"w": torch.empty(6, 2), "v": torch.empty(500, 400)}, {"w": sm.Stiefel()})
+    a, b, c = (geometry.initialize(torch.Generator().manual_seed(s), torch.float32) for s in (0, 0, 1))
+    assert torch.equal(a["w"], b["w"])
+    assert not torch.equal(a["w"], c["w"])
+    assert a["w"].dtype == torch.float32
+    assert float(a["v"].std()) == pytest.approx(400**-0.5, rel=0.05)
+
+
+def test_violation_sees_what_float32_cannot():
+    params = {"w": sm.Stiefel().random_point((6, 2), torch.Generator().manual_seed(0), torch.float64), "b": normal(3)}
+    geometry = sm.Geometry.from_rules(params, {"w": sm.Stiefel()})
+    assert geometry.violation(params)["w"] < 1e-14
+    assert geometry.violation(params)["b"] == 0.0
+    params["w"] = params["w"] * (1 + 1e-9)
+    assert geometry.violation(params)["w"] == pytest.approx(2e-9, rel=1e-3)
+    batch = torch.stack([params["w"], 2 * params["w"]])
+    assert sm.Geometry.from_rules({"x": batch}, {"x": sm.Stiefel()}).violation({"x": batch})["x"] == pytest.approx(3.0)
+
+
+def test_check_feasible_names_the_parameter():
+    params = {"encoder.w": torch.eye(4, 2), "decoder.w": 2 * torch.eye(4, 2)}
+    geometry = sm.Geometry.from_rules(params, {"*.w": sm.Stiefel()})
+    message = r"parameter 'decoder.w' is not on Stiefel: constraint violation 3.00e\+00 is above 1e-03; start from geom"
+    with pytest.raises(ValueError, match=message):
+        geometry.check_feasible(params)
+    geometry.check_feasible(params, tolerance=4.0)
+    params["decoder.w"] = torch.full((4, 2), math.nan)
+    with pytest.raises(ValueError, match=r"'decoder.w'.*nan"):
+        geometry.check_feasible(params)
+
+
+def test_check_names_what_does_not_fit():
+    params = params_of(w=(6, 2), b=(3,))
+    geometry = sm.Geometry.from_rules(params, {"w": sm.Stiefel()})
+    geometry.check(params)
+    with pytest.raises(ValueError, match=r"gradient names .*missing \['b'\], unknown \['c'\]; expected \['w', 'b'\]"):
+        geometry.check({"w": params["w"], "c": params["b"]}, "gradient")
+    with pytest.raises(ValueError, match=r"parameter 'w' has shape \(2, 6\), the geometry says \(6, 2\)"):
+        geometry.check({**params, "w": params["w"].T})
+    with pytest.raises(ValueError, match=r"parameter 'b' has dtype torch.int64"):
+        geometry.check({**params, "b": torch.arange(3)})
+
+
+def test_summary_lists_every_parameter():
+    params = params_of(conv_weight=(4, 2, 3, 3), conv_bias=(4,), head=(10, 3))
+    text = sm.Geometry.from_rules(params, {"conv.weight": sm.Stiefel(), "head": sm.Grassmann()}).summary()
+    lines = text.splitlines()
+    assert len(lines) == 1 + 3 + 1
+    assert all(line == line.rstrip() for line in lines)
+    (convolution,) = [line for line in lines if "conv.weight" in line]
+    for word in ("Stiefel", "4 x 2 x 3 x 3", "18 x 4", str(18 * 4 - 10)):
+        assert word in convolution
+    assert f"{18 * 4 - 10 + 4 + 21}" in lines[-1]
+    assert "3 parameters in 3 groups" in lines[-1]
+
+
+def test_equal_geometries_are_one_key():
+    params = params_of(w=(6, 2), b=(3,))
+    a, b = (sm.Geometry.from_rules(params, {"w": sm.Stiefel()}) for _ in range(2))
+    assert a == b
+    assert len({a, b}) == 1
+    assert a != sm.Geometry.from_rules(params, {"w": sm.Grassmann()})
