@@ -17,3 +17,12 @@ def has_values(*tensors: Tensor) -> bool:
         torch._C._functorch.is_functorch_wrapped_tensor(tensor) or type(tensor) not in (Tensor, torch.nn.Parameter)
         for tensor in tensors
     )
+
+
+def known_true(condition: Tensor) -> bool:
+    """Return whether ``condition`` holds everywhere, where reading that costs nothing; ``False`` where it is unknown.
+
+    It is known for plain CPU tensors only; a device would have to wait. So it may choose a cheaper way to the same
+    result, never another result.
+    """
+    return has_values(condition) and condition.device.type == "cpu" and bool(condition.all())

@@ -16,6 +16,8 @@ import abc
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
+
 
 class Manifold(abc.ABC):
     """A matrix manifold embedded in R^{d x p} (the contract; see the module's text).
@@ -157,6 +159,30 @@ def euclidean_inner(u: Tensor, v: Tensor) -> Tensor:
 def embedded_inner(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Return tr(U^T V) in the type of the point ``x``: the metric of every embedded manifold."""
     return euclidean_inner(u.to(x.dtype), v.to(x.dtype))
+
+
+# A Riemannian gradient smaller than this many units of rounding of the Euclidean one points anywhere.
+ROUNDING_UNITS = 64.0
+
+
+def without_rounding(gradient: Tensor, euclidean_gradient: Tensor) -> Tensor:
+    """Return a projected gradient, or 0 for matrices in which the projection left rounding errors only.
+
+    Where the Euclidean gradient is normal to the manifold the exact result is 0; what is computed is about eps times
+    its size, points anywhere, is not even tangent, and would become a step of any length in an optimizer that divides
+    by the gradient's size. Sizes are Frobenius norms; two passes over the inputs, nothing is copied.
+    """
+
+    def squared_norm(a: Tensor) -> Tensor:
+        return euclidean_inner(a, a)[..., None, None]
+
+    whole = squared_norm(euclidean_gradient.to(gradient.dtype))
+    threshold = (ROUNDING_UNITS * torch.finfo(gradient.dtype).eps) ** 2
+    # A gradient that is not finite, or whose square is not, goes on as it is.
+    lost = (squared_norm(gradient) <= threshold * whole) & torch.isfinite(whole)
+    if known_true(~lost):
+        return gradient
+    return torch.where(lost, torch.zeros_like(gradient), gradient)
 
 
 def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, subtract_product
+from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, subtract_product, without_rounding
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
 from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, random_orthonormal
 
@@ -46,7 +46,7 @@ class Grassmann(Manifold):
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - X X^T G, the horizontal lift of the gradient of a function of the span."""
-        return self.project(x, euclidean_gradient)
+        return without_rounding(self.project(x, euclidean_gradient), euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V) of horizontal lifts."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner
+from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
 from subspace_meta.manifolds.sphere import (
     Normalization,
     SphereRetraction,
@@ -63,7 +63,7 @@ class Oblique(Manifold):
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - X diag(X^T G)."""
-        return sphere_projection(x, euclidean_gradient, COLUMN)
+        return without_rounding(sphere_projection(x, euclidean_gradient, COLUMN), euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, skew_part, symmetric_part
+from subspace_meta.manifolds.base import (
+    Manifold,
+    embedded_inner,
+    gram_error,
+    skew_part,
+    symmetric_part,
+    without_rounding,
+)
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
 from subspace_meta.manifolds.stiefel import nearest_orthonormal, random_orthonormal
 
@@ -95,7 +102,7 @@ class Orthogonal(Manifold):
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return X skew(X^T G)."""
-        return rotation_projection(x, euclidean_gradient)
+        return without_rounding(rotation_projection(x, euclidean_gradient), euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""

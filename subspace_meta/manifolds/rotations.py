@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error
+from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, without_rounding
 from subspace_meta.manifolds.orthogonal import (
     check_square,
     left_translation,
@@ -56,7 +56,7 @@ class Rotations(Manifold):
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return X skew(X^T G)."""
-        return rotation_projection(x, euclidean_gradient)
+        return without_rounding(rotation_projection(x, euclidean_gradient), euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""

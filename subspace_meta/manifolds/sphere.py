@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner
+from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
 
 MATRIX = (-2, -1)
 
@@ -174,7 +174,7 @@ class Sphere(Manifold):
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - tr(X^T G) X."""
-        return sphere_projection(x, euclidean_gradient, MATRIX)
+        return without_rounding(sphere_projection(x, euclidean_gradient, MATRIX), euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""

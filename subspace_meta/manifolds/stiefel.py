@@ -13,7 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, subtract_product, symmetric_part
+from subspace_meta.manifolds.base import (
+    Manifold,
+    embedded_inner,
+    gram_error,
+    subtract_product,
+    symmetric_part,
+    without_rounding,
+)
 from subspace_meta.manifolds.retractions import (
     CholeskyQR,
     OrthonormalRetraction,
@@ -86,7 +93,7 @@ class Stiefel(Manifold):
 
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - X sym(X^T G)."""
-        return stiefel_projection(x, euclidean_gradient)
+        return without_rounding(stiefel_projection(x, euclidean_gradient), euclidean_gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V)."""

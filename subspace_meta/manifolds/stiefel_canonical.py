@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, euclidean_inner, gram_error
+from subspace_meta.manifolds.base import Manifold, euclidean_inner, gram_error, without_rounding
 from subspace_meta.manifolds.retractions import Cayley, OrthonormalRetraction, canonical_geodesic
 from subspace_meta.manifolds.stiefel import (
     check_tall,
@@ -53,7 +53,7 @@ class StiefelCanonical(Manifold):
     def riemannian_gradient(self, x: Tensor, euclidean_gradient: Tensor) -> Tensor:
         """Return G - X G^T X. 4dp^2 flops."""
         gradient = euclidean_gradient.to(x.dtype)
-        return gradient - x @ (gradient.mT @ x)
+        return without_rounding(gradient - x @ (gradient.mT @ x), gradient)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Return tr(U^T V) - tr((X^T U)^T (X^T V)) / 2."""

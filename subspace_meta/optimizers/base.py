@@ -74,12 +74,3 @@ def gather_gradients(
 def retract_all(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     """Retract every group's tangent."""
     return [g.manifold.retract(x, v) for g, x, v in zip(geometry.groups, points, tangents, strict=True)]
-
-
-def project_all(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    """Project every group's tangent once more, to be done before it is retracted.
-
-    Where the Euclidean gradient is (nearly) normal to the manifold, its projection is nothing but rounding errors,
-    which point anywhere; as a long step they have no retraction.
-    """
-    return [g.manifold.project(x, v) for g, x, v in zip(geometry.groups, points, tangents, strict=True)]

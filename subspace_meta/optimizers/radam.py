@@ -71,9 +71,8 @@ class RAdam:
             energy = beta2 * energy + (1 - beta2) * group.manifold.inner(x, r, r) / (r.shape[-2] * r.shape[-1])
             # TINY keeps the root's derivative finite at a gradient of zero.
             denominator = (energy / correction2 + TINY).sqrt() + self.eps
-            update = (-self.lr / correction1 / denominator)[..., None, None] * momentum
-            # Projected again: a gradient normal to the manifold leaves only rounding errors, which point anywhere.
-            y = group.manifold.retract(x, group.manifold.project(x, update))
+            tangent = (-self.lr / correction1 / denominator)[..., None, None] * momentum
+            y = group.manifold.retract(x, tangent)
             moved.append(y)
             momenta.append(group.manifold.transport(x, y, momentum))
             energies.append(energy)

@@ -1,7 +1,7 @@
 """Riemannian stochastic gradient descent, with heavy-ball momentum if wanted.
 
-Source: Bonnabel, "Stochastic gradient descent on Riemannian manifolds", IEEE TAC 58 (2013). Cost: two
-projections and the retraction; with momentum one buffer and one more projection (the transport).
+Source: Bonnabel, "Stochastic gradient descent on Riemannian manifolds", IEEE TAC 58 (2013). Cost: projection and
+retraction; with momentum one buffer and one more projection (the transport).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_start, gather_gradients, project_all, retract_all
+from subspace_meta.optimizers.base import check_start, gather_gradients, retract_all
 
 
 class RSGDState(NamedTuple):
@@ -53,10 +53,10 @@ class RSGD:
         """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
         points, gradients = gather_gradients(self.geometry, params, grads)
         if not self.momentum:
-            tangents = project_all(self.geometry, points, [-self.lr * r for r in gradients])
+            tangents = [-self.lr * r for r in gradients]
             return self.geometry.scatter(retract_all(self.geometry, points, tangents)), state
         buffers = [self.momentum * m + r for m, r in zip(state.momentum, gradients, strict=True)]
-        tangents = project_all(self.geometry, points, [-self.lr * m for m in buffers])
+        tangents = [-self.lr * m for m in buffers]
         moved = retract_all(self.geometry, points, tangents)
         carried = [
             group.manifold.transport(x, y, m)
