@@ -203,6 +203,10 @@ def test_check_names_what_does_not_fit():
     geometry.check(params)
     with pytest.raises(ValueError, match=r"gradient names .*missing \['b'\], unknown \['c'\]; expected \['w', 'b'\]"):
         geometry.check({"w": params["w"], "c": params["b"]}, "gradient")
+    with pytest.raises(ValueError, match=r"missing \[\], unknown \['c'\]"):
+        geometry.check({**params, "c": params["b"]})
+    with pytest.raises(ValueError, match=r"missing \['b'\], unknown \[\]"):
+        geometry.check({"w": params["w"]})
     with pytest.raises(ValueError, match=r"parameter 'w' has shape \(2, 6\), the geometry says \(6, 2\)"):
         geometry.check({**params, "w": params["w"].T})
     with pytest.raises(ValueError, match=r"parameter 'b' has dtype torch.int64"):
