@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check proofs clean
 
 demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
 	$(RUN) -m subspace_meta.cli train --preset quick
@@ -33,6 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
 	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
 	touch $(INSTALLED)
+
+proofs:  ## check the proofs with Coq; says which Debian packages it needs
+	$(MAKE) -C proofs check
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache

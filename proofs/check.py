@@ -39,7 +39,9 @@ FORBIDDEN = re.compile(
 )
 # These are assumptions only outside a section; inside they become hypotheses of the closed statement.
 SECTION_LOCAL = re.compile(r"^\s*(Variables?|Hypothes[ie]s|Context)\b")
-STATEMENT = re.compile(r"^\s*(?:Local\s+|Global\s+|#\[[^\]]*\]\s*)*(Theorem|Lemma|Corollary|Proposition|Fact|Remark)\s+(\w+)", re.M)
+STATEMENT = re.compile(
+    r"^\s*(?:Local\s+|Global\s+|#\[[^\]]*\]\s*)*(Theorem|Lemma|Corollary|Proposition|Fact|Remark)\s+(\w+)", re.M
+)
 
 
 class Failure(Exception):
@@ -115,7 +117,9 @@ def names_by_file(files: list[Path]) -> dict[str, list[tuple[str, str]]]:
 
 def print_assumptions(files: list[Path], build: Path, flags: list[str]) -> int:
     """Gate 3, first half: every theorem and lemma is closed under the global context."""
-    qualified = [f"{Path(name).stem}.{statement}" for name, found in names_by_file(files).items() for _, statement in found]
+    qualified = [
+        f"{Path(name).stem}.{statement}" for name, found in names_by_file(files).items() for _, statement in found
+    ]
     lines = [f"From SubspaceMeta Require {' '.join(path.stem for path in files)}."]
     # One term that mentions every statement: its assumptions are those of all, found in a single walk.
     lines += ["Definition everything : True :="]
@@ -162,7 +166,10 @@ def compare_with_statements(files: list[Path], statements: Path) -> int:
 
 def table_of(statements: Path) -> str:
     """The rows of README.md."""
-    rows = ["| statement | plain proof | checked | Coq theorem | code it is about | hypothesis test |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| statement | plain proof | checked | Coq theorem | code it is about | hypothesis test |",
+        "|---|---|---|---|---|---|",
+    ]
     for statement in json.loads(statements.read_text())["statements"]:
         name, path = statement["id"], statement["markdown"]
         by_file: dict[str, list[str]] = {}
@@ -212,7 +219,10 @@ PLANTED = {
         "From Coq Require Import Classical.\nLemma planted (P : Prop) : P \\/ ~ P.\nProof. exact (classic P). Qed.\n",
         "assume something",
     ),
-    "a theorem the table does not know": ("Theorem planted : 2 + 2 = 4.\nProof. reflexivity. Qed.\n", "does not mention"),
+    "a theorem the table does not know": (
+        "Theorem planted : 2 + 2 = 4.\nProof. reflexivity. Qed.\n",
+        "does not mention",
+    ),
 }
 
 
@@ -264,9 +274,12 @@ def coq_is_here() -> bool:
 
 
 def main() -> int:
+    """Check everything, or do what the options say; return the exit code."""
     parser = argparse.ArgumentParser(description="Compile the Coq proofs and show that they assume nothing.")
     parser.add_argument("--selftest", action="store_true", help="plant mistakes in a copy and show that each is seen")
-    parser.add_argument("--table", action="store_true", help="write the table of statements.json into README.md; needs no Coq")
+    parser.add_argument(
+        "--table", action="store_true", help="write the table of statements.json into README.md; needs no Coq"
+    )
     arguments = parser.parse_args()
     if arguments.table:
         before, _, after = readme_parts()
