@@ -36,6 +36,11 @@ class MatrixView:
     pattern: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
 
+    @classmethod
+    def heads(cls, n_heads: int) -> MatrixView:
+        """See a projection weight ``(n_heads * head_dim, model)`` as a batch of ``n_heads`` blocks ``(model, head_dim)``."""
+        return cls("(h k) m -> h m k", (("h", n_heads),))
+
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """See a parameter as a matrix."""
         return rearrange(tensor, self.pattern, **dict(self.sizes)) if self.pattern else tensor

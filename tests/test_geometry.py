@@ -66,6 +66,18 @@ def test_the_view_of_a_convolution_is_its_matrix():
     assert torch.equal(default_view(z.shape, sm.Stiefel()).to_matrix(z), z.mT)
 
 
+def test_heads_are_a_batch_of_tall_blocks():
+    view = sm.MatrixView.heads(4)
+    weight = normal(12, 16)
+    geometry = sm.Geometry.from_rules({"query": weight}, {"query": sm.Rule(sm.Stiefel(), view)})
+    assert geometry.groups[0].shape == (4, 16, 3)
+    feasible = geometry.project({"query": weight})["query"]
+    for head in feasible.unflatten(0, (4, 3)):
+        assert torch.allclose(head @ head.T, torch.eye(3, dtype=weight.dtype), atol=1e-12)
+    with pytest.raises(ValueError, match=r"parameter 'query' of shape \(13, 16\) on Stiefel"):
+        sm.Geometry.from_rules({"query": normal(13, 16)}, {"query": sm.Rule(sm.Stiefel(), view)})
+
+
 def test_a_view_of_the_users_own():
     """Attention heads as a batch of tall matrices."""
     view = sm.MatrixView("(h e) d -> h d e", (("h", 4),))
