@@ -38,7 +38,7 @@ class MatrixView:
 
     @classmethod
     def heads(cls, n_heads: int) -> MatrixView:
-        """See a projection weight ``(n_heads * head_dim, model)`` as a batch of ``n_heads`` blocks ``(model, head_dim)``."""
+        """See a projection weight ``(n_heads * head_dim, model)`` as ``n_heads`` tall blocks ``(model, head_dim)``."""
         return cls("(h k) m -> h m k", (("h", n_heads),))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
