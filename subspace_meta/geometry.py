@@ -128,7 +128,9 @@ class Geometry:
             ValueError: a pattern matches no parameter, or a shape cannot carry its manifold.
         """
         rules = dict(rules or {})
-        for pattern in rules:
+        for pattern, rule in rules.items():
+            if not isinstance(rule, Manifold | Rule):
+                raise ValueError(f"rule {pattern!r} is {rule!r}, which is no manifold; write for instance Stiefel()")
             if not any(fnmatch.fnmatchcase(name, pattern) for name in params):
                 raise ValueError(f"rule {pattern!r} matches no parameter; the names are {', '.join(params) or 'none'}")
         parameters = []

@@ -34,6 +34,12 @@ def test_globs_match_case():
         sm.Geometry.from_rules({}, {"x": sm.Stiefel()})
 
 
+@pytest.mark.parametrize("rule", [sm.Stiefel, "Stiefel", None])
+def test_a_rule_is_a_manifold(rule):
+    with pytest.raises(ValueError, match=r"rule 'W' is .*, which is no manifold; write for instance Stiefel\(\)"):
+        sm.Geometry.from_rules(params_of(W=(4, 2)), {"W": rule})
+
+
 @pytest.mark.parametrize(
     ("shape", "matrix", "euclidean_matrix"),
     [

@@ -81,6 +81,13 @@ class SubspaceOptimizer:
     def init(self, params: Mapping[str, Tensor]) -> Any:
         """Return the adapter's state at the start."""
         check_start(self.geometry, params)
+        dtype = next(iter(self.weights.values())).dtype
+        for name, value in params.items():
+            if value.dtype != dtype:
+                raise ValueError(
+                    f"parameter {name!r} has dtype {value.dtype}, the weights have {dtype}; bring them to one, for "
+                    "instance {name: value.to(dtype) for name, value in weights.items()}"
+                )
         return self.adapter.init(self.layout, self.geometry.gather(params))
 
     def update(

@@ -188,6 +188,18 @@ def test_wrong_weights_are_refused():
         sm.SubspaceOptimizer(geometry, weights, "large")
 
 
+@pytest.mark.parametrize("preset", ["base", "paper"])
+def test_parameters_and_weights_have_one_type(preset):
+    geometry, params = start({"a": (6, 2), "b": (6, 2)}, {})
+    optimizer = sm.SubspaceOptimizer(geometry, lively_weights(preset, dtype=torch.float32), preset)
+    optimizer.init({name: value.float() for name, value in params.items()})
+    message = r"parameter 'b' has dtype torch.float64, the weights have torch.float32; bring them to one"
+    with pytest.raises(ValueError, match=message):
+        optimizer.init({"a": params["a"].float(), "b": params["b"]})
+    with pytest.raises(ValueError, match=r"parameter 'b' has dtype torch.float64"):
+        vmap(optimizer.init)({"a": params["a"].float()[None], "b": params["b"][None]})
+
+
 @optimizers
 def test_numbers_that_are_not_finite_propagate(name):
     optimizer, params, state = prepared(name)
