@@ -1,6 +1,6 @@
 """Whole dicts of parameters under torch.compile(fullgraph=True): 50 steps equal eager ones and stay on the manifolds.
 
-Every optimizer through the tracers (dynamo and AOT autograd); through inductor one learned optimizer always, the others
+Every optimizer through the tracers (dynamo and AOT autograd); through inductor the learned one always, the others
 behind the marker ``slow``.
 """
 
@@ -49,10 +49,15 @@ def test_traced_equals_eager(name):
     compare(name, "aot_eager", SHAPES)
 
 
-@pytest.mark.parametrize("name", [n if n == "base" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS])
-def test_compiled_equals_eager(name):
-    # Fewer groups: a graph twice as large takes twice as long to compile.
-    compare(name, "inductor", {k: SHAPES[k] for k in ("a", "c")})
+def test_compiled_equals_eager():
+    # One matrix only: a graph twice as large takes twice as long to compile.
+    compare("base", "inductor", {"a": SHAPES["a"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_compiled_equals_eager(name):
+    compare(name, "inductor", SHAPES)
 
 
 def test_the_optimizer_can_be_made_inside_the_compiled_function():
