@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -630,3 +631,408 @@ def test_rank2_adjoint(size, seed):
     close(rank2(x, a, v, u + da, b), y + rank2(x, zero_u, torch.zeros_like(v), da, b))
     close(rank2(x, a, v, u, b + dv), y + rank2(x, torch.zeros_like(a), zero_b, u, dv))
     close(rank2(x, a, v), torch.diag(a) @ x @ torch.diag(v))
+
+
+# Descent
+
+
+class Straight(OrthonormalRetraction):
+    """No retraction at all: the step itself becomes visible."""
+
+    def __call__(self, x: Tensor, v: Tensor) -> Tensor:
+        return x + v
+
+
+@dataclass(frozen=True)
+class Scales:
+    """An adapter whose row and column scales, times a step length, are given."""
+
+    rows: Tensor
+    columns: Tensor
+    length: float = 1.0
+    hidden = 0
+    name = "given scales"
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"unused": ()}
+
+    def init(self, layout: Layout, points: list[Tensor]) -> tuple[()]:
+        return ()
+
+    def buffers(self, state: tuple[()]) -> tuple[()]:
+        return ()
+
+    def __call__(
+        self, weights: dict[str, Tensor], state: tuple[()], layout: Layout, gradients: list[Tensor]
+    ) -> tuple[list[Tensor], tuple[()]]:
+        return [-self.length * rank2(r, self.rows, self.columns) for r in gradients], state
+
+
+NO_WEIGHTS = {"unused": torch.zeros((), dtype=torch.float64)}
+
+
+def one_step(manifold: sm.Manifold, x: Tensor, g: Tensor, adapter: Any, weights: dict[str, Tensor]) -> Tensor:
+    """Where the optimizer's first step with this gradient leads."""
+    geometry = sm.Geometry.from_rules({"x": x}, {"x": manifold})
+    optimizer = sm.SubspaceOptimizer(geometry, weights, adapter)
+    return optimizer.update({"x": g}, optimizer.init({"x": x}), {"x": x})[0]["x"]
+
+
+@st.composite
+def positive_scales(draw: st.DrawFn, d: int, p: int) -> tuple[Tensor, Tensor]:
+    numbers = st.floats(0.1, 10.0)
+    values = draw(st.lists(numbers, min_size=d + p, max_size=d + p))
+    return torch.tensor(values[:d], dtype=torch.float64), torch.tensor(values[d:], dtype=torch.float64)
+
+
+def bounds(rows: Tensor, columns: Tensor) -> tuple[float, float]:
+    """The constants a and b of the statement."""
+    return float(rows.min() * columns.min()), float(rows.max() * columns.max()) ** 2
+
+
+@given(data=st.data(), shape=tall(), seed=seeds)
+def test_descent_direction(data, shape, seed):
+    rows, columns = data.draw(positive_scales(*shape))
+    a, b = bounds(rows, columns)
+    x, g = orthonormal(*shape, seed), normal(*shape, seed=seed + 1)
+    for manifold in (Stiefel(Straight()), StiefelCanonical(Straight()), Grassmann(Straight()), Euclidean()):
+        r = manifold.riemannian_gradient(x, g)
+        square = float(manifold.inner(x, r, r))
+        u = x - one_step(manifold, x, g, Scales(rows, columns), NO_WEIGHTS)
+        close(manifold.project(x, u), u)
+        assert float(manifold.inner(x, r, u)) >= a * square * (1 - 1e-9) - 1e-12
+        assert float(manifold.inner(x, u, u)) <= b * square * (1 + 1e-9) + 1e-12
+        seen = manifold.coordinates(x, r)
+        expected = float((rank2(seen, rows, columns) * seen).sum())
+        assert float(manifold.inner(x, r, u)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        # At the first step the momentum of preset base is the gradient, and all its scales are positive.
+        first = x - one_step(manifold, x, g, BaseAdapter(), lively_weights("base", seed))
+        assert square < 1e-20 or float(manifold.inner(x, r, first)) > 0.0
+    # On positive definite matrices the metric is not that of the surrounding space either: the same by hand.
+    spd, m, n = SPD(), definite(shape[0], seed), shape[0]
+    r = spd.riemannian_gradient(m, normal(n, n, seed=seed + 2))
+    sides = rows, rows.flip(0)
+    a, b = bounds(*sides)
+    u = spd.project(m, spd.from_coordinates(m, rank2(spd.coordinates(m, r), *sides)))
+    square = float(spd.inner(m, r, r))
+    assert float(spd.inner(m, r, u)) >= a * square * (1 - 1e-7)
+    assert float(spd.inner(m, u, u)) <= b * square * (1 + 1e-7)
+
+
+@given(data=st.data(), shape=tall(spare=1), polar=st.booleans(), seed=seeds)
+def test_sufficient_decrease(data, shape, polar, seed):
+    """PCA, f(X) = -tr(X^T A X), where the curvature along retracted steps is at most twice the spread of A."""
+    rows, columns = (v.clamp(0.5, 2.0) for v in data.draw(positive_scales(*shape)))
+    a, b = bounds(rows, columns)
+    matrix = symmetric(shape[0], seed)
+    values = torch.linalg.eigvalsh(matrix)
+    curvature = 2 * float(values[-1] - values[0])
+    manifold = Stiefel(PolarNewtonSchulz()) if polar else Stiefel(CholeskyQR())
+    longest = a / (curvature * b)
+    kappa = float(rows.max() * columns.max() / (rows.min() * columns.min()))
+    c, least = 3 / (8 * curvature * kappa**2), -float(values[-shape[1] :].sum())
+
+    def f(x: Tensor) -> float:
+        return -dot(x, matrix @ x)
+
+    def moved(x: Tensor, length: float) -> Tensor:
+        return one_step(manifold, x, -2 * matrix @ x, Scales(rows, columns, length), NO_WEIGHTS)
+
+    x, squares = orthonormal(*shape, seed + 1), []
+    first = f(x)
+    for k in range(4):
+        r = manifold.riemannian_gradient(x, -2 * matrix @ x)
+        square = dot(r, r)
+        assert f(x) - f(moved(x, longest)) >= square / (2 * curvature * kappa**2) - 1e-12
+        # Halving from a longer step ends above half of that length; base is taken where the guard accepts it.
+        length = longest * 5.3
+        while f(moved(x, length)) > f(x) - c * square:
+            length *= 0.5
+            assert length > 0.5 * longest
+        candidate = one_step(manifold, x, -2 * matrix @ x, BaseAdapter(), lively_weights("base", k))
+        squares.append(square)
+        x = candidate if f(candidate) <= f(x) - c * square else moved(x, length)
+    assert min(squares) <= (first - least) / (c * len(squares)) + 1e-12
+
+
+@given(angle=st.floats(0.0, math.pi), shape=tall(), seed=seeds)
+def test_ambient_counter_example(angle, shape, seed):
+    manifold = StiefelCanonical(Straight())
+    x = torch.tensor([[3, 0], [-4, 0], [0, 5]], dtype=torch.float64) / 5
+    g = torch.tensor([[0, 1], [0, 7], [5, 0]], dtype=torch.float64)
+    rows, columns = torch.tensor([64, 1, 1], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    r = manifold.riemannian_gradient(x, g)
+    close(r, torch.tensor([[0, -2], [0, 11], [10, 0]], dtype=torch.float64))
+    ambient = manifold.project(x, rank2(r, rows, columns))
+    assert float(manifold.inner(x, r, ambient)) == pytest.approx(-1.0, abs=1e-10)
+    assert dot(g, ambient) == pytest.approx(-1.0, abs=1e-10)
+    # In the manifold's coordinates, in which the optimizer works, the same scales descend.
+    u = x - one_step(manifold, x, g, Scales(rows, columns), NO_WEIGHTS)
+    assert dot(g, u) >= float(manifold.inner(x, r, r)) > 0.0
+    assert float((manifold.coordinates(x, r) - r).abs().max()) > 1e-2
+
+    # Below a ratio of 17 + 12 sqrt 2 no scales ascend: the smallest value of <R, LR>_c / |R|^2 over all matrices R.
+    def smallest(y: Tensor, l: Tensor, k: Tensor) -> float:  # noqa: E741
+        metric = torch.eye(len(l), dtype=torch.float64) - 0.5 * y @ y.mT
+        form = torch.kron(metric, torch.eye(len(k), dtype=torch.float64)) * torch.outer(l, k).reshape(-1)
+        return float(torch.linalg.eigvalsh(0.5 * (form + form.mT))[0])
+
+    (d, p), (low, high) = shape, (1.0, 33.9**0.5)
+    l, k = ((low + (high - low) * torch.sigmoid(4 * normal(n, seed=seed + n))) for n in (d, p))  # noqa: E741
+    assert smallest(orthonormal(d, p, seed), l, k) > 0.0
+    one = torch.ones(1, dtype=torch.float64)
+    turned = torch.tensor([[math.cos(angle)], [math.sin(angle)]], dtype=torch.float64)
+    assert smallest(turned, torch.tensor([33.9, 1.0], dtype=torch.float64), one) > 0.0
+    # The bound is sharp: a little above it some direction of X makes the form indefinite.
+    grid = torch.linspace(0.0, math.pi, 181, dtype=torch.float64)
+    points = torch.stack([grid.cos(), grid.sin()], 1)[:, :, None]
+    above = torch.tensor([36.0, 1.0], dtype=torch.float64)
+    assert min(smallest(y, above, one) for y in points) < 0.0
+
+
+# Meta-gradients
+
+
+@given(n=st.integers(2, 6), seed=seeds)
+def test_neumann_truncation(n, seed):
+    """No code has this yet: one step of a preconditioned descent on |x|_H^2 / 2 - x^T B theta, whose end is known."""
+    h, b, theta = definite(n, seed), normal(n, 3, seed=seed + 1), normal(3, seed=seed + 2)
+    inverse = torch.linalg.inv(h)
+    noise = normal(n, n, seed=seed + 3)
+    preconditioner = (torch.eye(n, dtype=torch.float64) + 0.2 * noise / noise.norm()) @ (0.7 * inverse)
+
+    def step(x: Tensor, theta: Tensor) -> Tensor:
+        return x - preconditioner @ (h @ x - b @ theta)
+
+    fixed = inverse @ b @ theta
+    close(step(fixed, theta), fixed)
+    target = fixed - normal(n, seed=seed + 4)  # gradient of the outer loss |x - target|^2 / 2
+    _, adjoint = torch.func.vjp(step, fixed, theta)
+    matrix = torch.func.jacrev(step)(fixed, theta)
+    norm = float(torch.linalg.matrix_norm(matrix, 2))
+    assert norm < 1.0
+    exact = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - matrix.mT, fixed - target)
+    term, total, errors = fixed - target, torch.zeros(n, dtype=torch.float64), []
+    for k in range(80):
+        missed = exact - total
+        close(missed, torch.linalg.matrix_power(matrix.mT, k) @ exact, 1e-10)
+        assert float(missed.norm()) <= norm**k * float(exact.norm()) + 1e-11
+        errors.append(float(missed.norm()))
+        total, term = total + term, adjoint(term)[0]
+    for last, now in itertools.pairwise(errors[:13]):
+        assert now <= norm * last + 1e-11
+    close(adjoint(total)[1], b.mT @ inverse @ (fixed - target), 1e-10)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+@settings(max_examples=2)
+@given(seed=seeds)
+def test_pes_unbiased(sigma, seed):
+    """No code has this yet: two segments with polynomial losses, whose smoothed gradient is known."""
+    pairs = 10**6
+    theta = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    a, b, c = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, -1.0], [1.5, 0.5], [0.3, -0.2]))
+
+    def losses(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+        first = one.square().sum(-1) + one[..., 0] ** 3
+        return first, (one @ a).square() * (two @ b) + two @ c
+
+    variance = sigma**2
+    unit_0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    first = 2 * theta + 3 * (theta[0] ** 2 + variance) * unit_0
+    last = ((theta @ a) ** 2 + variance * a.square().sum()) * b + c  # by the second perturbation alone
+    smoothed = first + last + 2 * (theta @ a) * (theta @ b) * a
+
+    noise = sigma * normal(2, pairs, 2, seed=seed)
+    plus, minus = losses(theta + noise[0], theta + noise[1]), losses(theta - noise[0], theta - noise[1])
+    odd = [0.5 * (p - m)[:, None] / variance for p, m in zip(plus, minus, strict=True)]
+
+    def deviation(sample: Tensor, expected: Tensor) -> Tensor:
+        return (sample.mean(0) - expected).abs() / (sample.std(0) / pairs**0.5)
+
+    assert (deviation(noise[0] * odd[0] + noise.sum(0) * odd[1], smoothed) < 4.0).all()
+    segments = noise[0] * odd[0] + noise[1] * odd[1]
+    assert (deviation(segments, smoothed) > 10.0).all()
+    assert (deviation(segments, first + last) < 4.0).all()
+
+
+def pca_problem(d: int, p: int, after_step: Callable[[], None]) -> Problem:
+    """A problem that calls ``after_step`` once in each step, forward or recomputed."""
+
+    def loss(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return -(batch["z"] @ params["x"]).square().sum()
+
+    def objective(params: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+        after_step()
+        return loss(params, {"z": data["all"]})
+
+    return Problem(sm.Geometry.from_rules({"x": torch.empty(d, p)}, {"x": Stiefel()}), loss, objective)
+
+
+def make_base(geometry: sm.Geometry, theta: dict[str, Tensor]) -> sm.SubspaceOptimizer:
+    return sm.SubspaceOptimizer(geometry, theta, "base")
+
+
+def make_rsgd(geometry: sm.Geometry, theta: dict[str, Tensor]) -> sm.RSGD:
+    return sm.RSGD(geometry, theta["lr"])
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the tensors that were made under it and still live; ``peak`` is the most that was measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[tuple[StorageWeakRef, int]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.append((StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def measure(self) -> None:
+        alive = {ref.cdata: (ref, size) for ref, size in self.storages if not ref.expired()}
+        self.storages = list(alive.values())
+        self.peak = max(self.peak, sum(size for _, size in self.storages))
+
+
+@settings(max_examples=2)
+@given(seed=seeds)
+def test_segment_recomputation(seed):
+    d, p, tasks, steps = 5, 2, 2, 6
+    calls: list[None] = []
+    problem = pca_problem(d, p, lambda: calls.append(None))
+    theta = lively_weights("base", 1)
+    params = {"x": torch.stack([orthonormal(d, p, seed + i) for i in range(tasks)])}
+    batches, data = {"z": normal(steps, tasks, 4, d, seed=seed)}, {"all": normal(tasks, 9, d, seed=seed + 1)}
+    weights = normal(steps, tasks, seed=seed + 2)
+    whole = InnerLoop(problem, make_base, block=steps, compiled=False)
+
+    def total(theta: dict[str, Tensor]) -> Tensor:
+        return (run(whole, theta, whole.start(theta, params), batches, data).objectives * weights).sum()
+
+    plain = torch.func.grad(total)(theta)
+    objectives = run(whole, theta, whole.start(theta, params), batches, data).objectives
+    for block in (1, 3, 6):
+        loop = replace(whole, block=block)
+        carry = loop.start(theta, params)
+        calls.clear()
+        trace = run(loop, theta, carry, batches, data)
+        assert len(trace.borders) == math.ceil(steps / block)
+        gradient = pull_back(loop, theta, trace, batches, data, weights)
+        assert len(calls) == 2 * steps
+        assert torch.equal(trace.objectives, objectives)
+        for name, value in plain.items():
+            # The parts of the segments are added in another order than without segments.
+            torch.testing.assert_close(gradient[name], value, rtol=1e-11, atol=1e-11 * float(value.abs().max()))
+
+
+def test_segment_recomputation_memory():
+    """The exponent in the number of steps of what lives at the peak."""
+    peaks, lengths = [], (16, 64, 256)
+    theta = {"lr": torch.tensor(1e-3, dtype=torch.float64)}
+    params = {"x": orthonormal(16, 3, 0)[None]}
+    for steps in lengths:
+        live = LiveBytes()
+        problem = pca_problem(16, 3, live.measure)
+        loop = InnerLoop(problem, make_rsgd, block=math.isqrt(steps), compiled=False)
+        batches, data = {"z": normal(1, 1, 2, 16).expand(steps, 1, 2, 16)}, {"all": normal(1, 2, 16)}
+        with live:
+            trace = run(loop, theta, loop.start(theta, params), batches, data)
+            pull_back(loop, theta, trace, batches, data, torch.ones(steps, 1, dtype=torch.float64))
+        peaks.append(live.peak)
+    assert 0.3 < slope(lengths, peaks, 0.0) < 0.6
+
+
+# Orders
+
+WINDOW = tuple(2.0**-k for k in range(4, 9))
+ORDERS = {
+    "CholeskyQR": (CholeskyQR(), 1, 1, 2, 1),
+    "HouseholderQR": (HouseholderQR(), 1, 1, 2, 1),
+    "PolarNewtonSchulz": (PolarNewtonSchulz(), 2, 1, 2, 2),
+    "Cayley": (Cayley(), 1, 2, 2, 2),
+}
+
+
+def order_of(manifold: sm.Manifold, x: Tensor, v: Tensor) -> float:
+    """The measured slope, less one, in double precision with errors far above rounding."""
+    errors = [gap(manifold, manifold.retract(x, t * v), manifold.exp(x, t * v)) for t in WINDOW]
+    assert min(errors) > 1e-12
+    return slope(WINDOW, errors, 0.0) - 1.0
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@given(shape=tall(smallest=2, spare=2), seed=st.integers(0, 20))
+def test_retraction_orders(name, shape, seed):
+    retraction, *orders = ORDERS[name]
+    for manifold, order in zip((Stiefel, StiefelCanonical, Grassmann, Rotations), orders, strict=True):
+        m = manifold(retraction=retraction)
+        size = (shape[0], shape[0]) if manifold is Rotations else shape
+        sample = draw(m, size, generator=torch.Generator().manual_seed(seed))
+        measured = order_of(m, sample.x, sample.v)
+        assert order - 0.15 <= measured <= order + 0.15
+        assert m.retraction_order == order
+        assert check_retraction_order(sample).passed
+
+
+@given(n=st.integers(2, 6), seed=seeds)
+def test_retraction_orders_leading_terms(n, seed):
+    """Cayley: W^3 X / 12, with the geodesic of the canonical metric. SPD: V M^-1 V M^-1 V / 6. To two digits."""
+    t = 1e-2
+    x = orthonormal(n + 2, 2, seed)
+    u = unit(StiefelCanonical(), x, tangent(x, seed + 1))
+    w = generator_of(x, u)
+    error = Cayley()(x, t * u) - StiefelCanonical().exp(x, t * u)
+    leading = w @ w @ w @ x / 12
+    assert float((error / t**3).norm()) == pytest.approx(float(leading.norm()), rel=1e-2)
+    spd, m = SPD(SPDSecondOrder()), definite(n, seed)
+    v = unit(spd, m, symmetric(n, seed + 2))
+    error = spd.exp(m, t * v) - spd.retract(m, t * v)
+    leading = v @ torch.linalg.solve(m, v) @ torch.linalg.solve(m, v) / 6
+    assert float((error / t**3).norm()) == pytest.approx(float(leading.norm()), rel=1e-2)
+    sample = draw(spd, (n, n), generator=torch.Generator().manual_seed(seed))
+    assert 1.85 <= order_of(spd, m, v) <= 2.15
+    assert check_retraction_order(sample).passed
+
+
+def test_retraction_orders_are_not_claimed_too_high():
+    """The library's own check rejects a claim of order 2 for QR."""
+
+    @dataclass(frozen=True)
+    class Boasting(CholeskyQR):
+        order = 2
+
+    assert not check_retraction_order(draw(Stiefel(Boasting()), (6, 3))).passed
+
+
+# Memory
+
+
+@given(shapes=st.lists(tall(), min_size=1, max_size=3), hidden=st.integers(1, 6))
+def test_optimizer_memory(shapes, hidden):
+    points = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    layout = Layout(tuple(shapes))
+    coordinates, entries = sum(d + p for d, p in shapes), sum(d * p for d, p in shapes)
+    paper, base = PaperAdapter(hidden=hidden), BaseAdapter(hidden=hidden)
+
+    def count(state: Any) -> int:
+        return sum(leaf.numel() for leaf in pytree.tree_leaves(state))
+
+    assert count(paper.init(layout, points)) == (4 * hidden + 1) * coordinates
+    # The count of steps is shared by all matrices.
+    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + len(shapes) + entries + 1
+    for adapter in (paper, base):
+        weights = {name: value.double() for name, value in adapter.init_weights().items()}
+        assert {name: tuple(value.shape) for name, value in weights.items()} == adapter.weight_shapes()
+        state = adapter.init(layout, points)
+        after = adapter(weights, adapter.init(layout, points), layout, [normal(*s) for s in shapes])[1]
+        assert count(after) == count(state)
+    for d, p in shapes:
+        theirs = 34 * d * d + 1024 * d * p + 2049
+        assert (theirs - 2049) / count(paper.init(Layout(((d, p),)), [points[0]])) >= 34 * d / (4 * hidden + 1)
+    for (d, p), total in {(64, 64): 4335617, (512, 64): 42469377, (2048, 512): 1216350209}.items():
+        assert 34 * d * d + 1024 * d * p + 2049 == total
