@@ -42,6 +42,7 @@ except ImportError as error:  # the library itself does not need them
 from subspace_meta.adapter import features
 from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.evaluation.plots import plot_curves, plot_training
+from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.trainer import Trainer, TrainingError
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
@@ -124,6 +125,10 @@ def _report(results: Results, title: str, notes: str) -> str:
             "Each baseline at its best learning rate per checkpoint and instance; the learned optimizer has none.",
             "",
             results.markdown(),
+            "",
+            "The curves show each baseline at the one rate that is best at step 50, so at other steps it may lie "
+            "above its table entry; bands reach from the lowest to the highest of all seeds and instances. "
+            f"Natural logarithm; a difference of at most {TIE} is a tie; {results.seeds} seeds an instance.",
             "",
             f"Largest constraint violation of the learned optimizer: {results.largest_violation():.1e}. "
             f"Runs without a non-finite value: {100 * results.share_finite():.0f} %.",
@@ -313,6 +318,8 @@ def evaluate(
     torch.set_num_threads(threads)
     theta, adapter = load_weights(weights)
     chosen = _run_preset(preset)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # an unwritable place is said now, not after minutes
     results = _evaluate(chosen, theta, adapter, quiet)
     if out is not None:
         plot_curves(results, out / "curves.png")

@@ -178,6 +178,20 @@ class Geometry:
                     f"{tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...)"
                 )
 
+    def check_gradients(self, grads: Mapping[str, Tensor]) -> None:
+        """Raise ``ValueError`` naming the first gradient that is missing, of another shape, or not finite.
+
+        ``update`` raises nothing about values, and a non-finite gradient spoils parameters and state for good; a loop
+        that may meet one calls this first, or skips the step. It reads the values, so on a device it waits.
+        """
+        self.check(grads, "gradient")
+        for name, grad in grads.items():
+            if not torch.isfinite(grad).all():
+                count = int((~torch.isfinite(grad)).sum())
+                raise ValueError(
+                    f"gradient of {name!r} has {count} non-finite entries of {grad.numel()}; skip this step"
+                )
+
     def gather(self, params: Mapping[str, Tensor]) -> list[Tensor]:
         """Return one tensor ``(..., d, p)`` per group."""
         gathered = []
@@ -196,8 +210,9 @@ class Geometry:
         return {name: params[name] for name in self.names}
 
     def project(self, params: Mapping[str, Tensor]) -> Params:
-        """Return the nearest point of each manifold. Not meant to be differentiated."""
+        """Return the nearest point of each manifold, detached: a start, not a step to be differentiated."""
         self.check(params)
+        params = {name: tensor.detach() for name, tensor in params.items()}
         tensors = [group.manifold.nearest(x) for group, x in zip(self.groups, self.gather(params), strict=True)]
         return self.scatter(tensors)
 

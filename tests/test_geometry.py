@@ -250,3 +250,22 @@ def test_equal_geometries_are_one_key():
     assert a == b
     assert len({a, b}) == 1
     assert a != sm.Geometry.from_rules(params, {"w": sm.Grassmann()})
+
+
+def test_project_cuts_the_graph():
+    geometry = sm.Geometry.from_rules({"w": normal(4, 2)}, {"w": sm.Stiefel()})
+    assert not geometry.project({"w": torch.nn.Parameter(normal(4, 2))})["w"].requires_grad
+
+
+def test_bad_gradients_are_named():
+    geometry = sm.Geometry.from_rules({"w": normal(4, 2), "b": normal(3)}, {"w": sm.Stiefel()})
+    good = {"w": normal(4, 2), "b": normal(3)}
+    geometry.check_gradients(good)
+    spoiled = normal(4, 2)
+    spoiled[1, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"gradient of 'w' has 1 non-finite entries of 8"):
+        geometry.check_gradients({**good, "w": spoiled})
+    with pytest.raises(ValueError, match=r"gradient names do not fit the geometry: missing \['b'\]"):
+        geometry.check_gradients({"w": good["w"]})
+    with pytest.raises(ValueError, match=r"gradient 'b' has shape \(4,\), the geometry says \(3,\)"):
+        geometry.check_gradients({**good, "b": normal(4)})
