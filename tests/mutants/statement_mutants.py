@@ -1,0 +1,145 @@
+# ruff: noqa: E501
+"""Seeded errors in the code behind the proven statements: does each statement's test see its own?
+
+One mutant for each statement that has code (for the memory of segments a second): a replaced piece of source in a
+temporary copy. Only the tests of that statement run against the copy; the mutant is killed if they fail.
+
+    python tests/mutants/statement_mutants.py                # all; about five minutes on one core
+    python tests/mutants/statement_mutants.py cayley polar   # only these statements
+
+Prints the survivors and exits with 1 if there is one, or if the tests fail without any mutant.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutant(NamedTuple):
+    """One seeded error: of which statement, in which file, what is replaced by what."""
+
+    statement: str
+    file: str
+    original: str
+    mutated: str
+
+
+RETRACTIONS = "subspace_meta/manifolds/retractions.py"
+CANONICAL = "subspace_meta/manifolds/stiefel_canonical.py"
+STATISTICS = "subspace_meta/adapter/statistics.py"
+BASE = "subspace_meta/adapter/base.py"
+SUBSPACE = "subspace_meta/optimizers/subspace.py"
+KERNELS = "kernels/subspace_kernels/reference.py"
+# One line per mutant reads as a table.
+# fmt: off
+MUTANTS = (
+    Mutant("stiefel_projection", "subspace_meta/manifolds/stiefel.py", "symmetric_part(x.mT @ v)", "(x.mT @ v)"),
+    Mutant("stiefel_embedded_gradient", "subspace_meta/manifolds/stiefel.py", "without_rounding(stiefel_projection(x, euclidean_gradient), euclidean_gradient)", "euclidean_gradient - x @ euclidean_gradient.mT @ x"),
+    Mutant("stiefel_canonical_gradient", CANONICAL, "gradient - x @ (gradient.mT @ x)", "gradient - x @ (x.mT @ gradient)"),
+    Mutant("stiefel_coordinates", CANONICAL, "_scale_span(x, v, math.sqrt(0.5))", "_scale_span(x, v, 0.5)"),
+    Mutant("stiefel_equivariance", "subspace_meta/manifolds/stiefel.py", "symmetric_part(x.mT @ v)", "symmetric_part(x.mT @ v).tril()"),
+    Mutant("cholesky_qr", RETRACTIONS, "factor = torch.linalg.cholesky_ex(gram(y)).L", "factor = torch.linalg.cholesky_ex(identity_like(y) + gram(v)).L"),
+    Mutant("qr_not_equivariant", RETRACTIONS, "torch.where(diagonal < 0, -1.0, 1.0)", "torch.where(diagonal < 0, 1.0, 1.0)"),
+    Mutant("cayley", RETRACTIONS, "identity + 0.25 * (squared_scale * inner + a @ a) - 0.5 * a", "identity + 0.25 * (squared_scale * inner + a @ a) + 0.5 * a"),
+    Mutant("cayley_small_solve", RETRACTIONS, "identity + 0.25 * (squared_scale * inner + a @ a)", "identity + 0.25 * (squared_scale * inner)"),
+    Mutant("cayley_equivariant", RETRACTIONS, "a = scale * skew_part(x.mT @ v)", "a = scale * skew_part(x.mT @ v).triu()"),
+    Mutant("polar", RETRACTIONS, "return (y + y @ z) * centre.rsqrt()", "return positive_qr(y)"),
+    Mutant("spd_retraction", "subspace_meta/manifolds/spd.py", "keep_positive(0.5 * (x + moved @ moved.mT))", "keep_positive(moved @ factor.mT)"),
+    Mutant("spd_square_root", "subspace_meta/manifolds/spd.py", "root = symmetric_square_root(x)\n        return root @", "root = cholesky(x)\n        return root @"),
+    Mutant("newton_schulz_equivariant", RETRACTIONS, "0.5 * gram(y))", "0.5 * gram(y).square())"),
+    Mutant("newton_schulz_padding", RETRACTIONS, "return y @ (1.5 * identity_like(y) - 0.5 * gram(y))", "return y @ (1.5 * identity_like(y) - 0.5 * gram(y)) + 1e-6"),
+    Mutant("newton_schulz_singular_values", RETRACTIONS, "1.5 * identity_like(y) - 0.5 * gram(y)", "2.0 * identity_like(y) - gram(y)"),
+    Mutant("newton_schulz_defect", RETRACTIONS, "1.5 * identity_like(y) - 0.5 * gram(y)", "1.4 * identity_like(y) - 0.4 * gram(y)"),
+    Mutant("adapter_pullback", STATISTICS, "return rows / p, columns / d", "return rows / d, columns / p"),
+    Mutant("adapter_duplication", STATISTICS, "return rows / p, columns / d", "return rows, columns"),
+    Mutant("adapter_padding", STATISTICS, "values[..., :count].mean(dim=-1)", "values.mean(dim=-1)"),
+    Mutant("adapter_permutation", "subspace_meta/adapter/paper.py", "v - matrix_mean(v, p)[..., None] + 1", "v - v[..., :1] + 1"),
+    Mutant("update_equivariance", SUBSPACE, "g.manifold.transport(x, y, g.manifold.from_coordinates(x, m))", "g.manifold.from_coordinates(x, m)"),
+    Mutant("grassmann_projection", "subspace_meta/manifolds/grassmann.py", "subtract_product(v, x, x.mT @ v)", "subtract_product(v, x, x.mT @ v, 0.5)"),
+    Mutant("cross_adjoint", KERNELS, "product.sum(dim=-1) if v is None else (product @ v[..., None])[..., 0]", "product.sum(dim=-1)"),
+    Mutant("rank2_adjoint", KERNELS, "u[..., :, None] * x * b[..., None, :]", "u[..., :, None] * x * v[..., None, :]"),
+    Mutant("descent_direction", SUBSPACE, "gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]", "gradients = list(gradients)"),
+    Mutant("sufficient_decrease", SUBSPACE, "moved = retract_all(self.geometry, points, tangents)", "moved = retract_all(self.geometry, points, [3.0 * v for v in tangents])"),
+    Mutant("ambient_counter_example", CANONICAL, "return _scale_span(x, v, math.sqrt(0.5))", "return v"),
+    Mutant("segment_recomputation", "subspace_meta/meta/unroll.py", "        part, carry_cotangent = backward(", "        part, _ = backward("),
+    Mutant("segment_recomputation_memory", "subspace_meta/meta/unroll.py", "_contiguous(pullback(cotangents))", "_contiguous(forward.__dict__.setdefault('kept', []).append(pullback) or pullback(cotangents))"),
+    Mutant("retraction_orders", RETRACTIONS, "torch.addcmul(x @ (2.0 * identity - a), scale, v)", "torch.addcmul(x @ (2.0 * identity - a), scale, v) + 0.1 * (v - x @ a) @ a"),
+    Mutant("optimizer_memory", BASE, "slow=like.new_zeros(coordinates)", "slow=like.new_zeros(2, coordinates)"),
+)
+# fmt: on
+
+
+def run_tests(folder: Path, names: list[str]) -> bool:
+    """Run the tests of these statements in ``folder`` (all if empty); True if they pass."""
+    path = os.pathsep.join([str(folder), str(folder / "kernels")])
+    tests = [f"tests/proofs/test_statements.py::test_{name}" for name in names] or ["tests/proofs/test_statements.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/proofs/test_copy.py",
+        *tests,
+    ]
+    environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if finished.returncode not in (0, 1):
+        raise RuntimeError(finished.stdout + finished.stderr)
+    if "test_the_copy_is_what_runs" in finished.stdout:
+        raise RuntimeError("the tests do not run against the copy\n" + finished.stdout)
+    return finished.returncode == 0
+
+
+def prepare(folder: Path) -> None:
+    """Copy both packages and the tests that are needed."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("subspace_meta", "kernels", "tests/proofs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("tests/conftest.py", "tests/making.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "tests" / "proofs" / "test_copy.py").write_text(
+        "import subspace_kernels\nimport subspace_meta\n\n\ndef test_the_copy_is_what_runs():\n"
+        f"    assert subspace_meta.__file__.startswith({str(folder)!r})\n"
+        f"    assert subspace_kernels.__file__.startswith({str(folder)!r})\n"
+    )
+
+
+def main(statements: list[str]) -> int:
+    """Run the mutants of ``statements`` (all if empty); return the exit code."""
+    mutants = [mutant for mutant in MUTANTS if not statements or mutant.statement in statements]
+    survivors = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        prepare(folder)
+        if not run_tests(folder, [mutant.statement for mutant in mutants]):
+            print("the tests fail without any mutant")
+            return 1
+        for mutant in mutants:
+            path = folder / mutant.file
+            source = path.read_text()
+            if source.count(mutant.original) == 0:
+                print(f"{mutant.file}: {mutant.original!r} is no longer in the source; renew this mutant")
+                return 1
+            path.write_text(source.replace(mutant.original, mutant.mutated))
+            killed = not run_tests(folder, [mutant.statement])
+            path.write_text(source)
+            print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.statement}: {mutant.file}", flush=True)
+            if not killed:
+                survivors.append(mutant)
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} killed")
+    return 0 if mutants and not survivors else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
