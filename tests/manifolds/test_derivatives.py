@@ -92,7 +92,7 @@ def test_retraction_against_eighty_digits(case, length, dtype):
     tolerance = TOLERANCE[dtype]
     assert relative(retract(u), value) <= tolerance
     assert relative(first, first_reference) <= tolerance
-    assert relative(second, second_reference) <= (2 if dtype == torch.float32 else 1) * tolerance
+    assert relative(second, second_reference) <= tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -119,7 +119,7 @@ def test_matrix_functions_at_equal_and_close_eigenvalues(name, spread, dtype):
     tolerance = TOLERANCE[dtype]
     assert relative(function(a), value) <= tolerance
     assert relative(once(a), first) <= tolerance
-    assert relative(twice(a), second) <= 2 * tolerance
+    assert relative(twice(a), second) <= tolerance
     thrice = along(twice)(a)
     assert thrice.isfinite().all()
 
