@@ -357,7 +357,7 @@ app.add_typer(bench, name="bench")
 
 @bench.command("geometry")
 def bench_geometry_command(
-    rounds: Annotated[int, typer.Option(help="Rounds; the least time counts.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds; the least time counts.", min=1)] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """One step on ResNet-50's convolutions, on 256 small matrices, and with the canonical metric; CPU seconds."""

@@ -125,8 +125,10 @@ class Geometry:
                 parameter is Euclidean.
 
         Raises:
-            ValueError: a pattern matches no parameter, or a shape cannot carry its manifold.
+            ValueError: there are no parameters, a pattern matches none of them, or a shape cannot carry its manifold.
         """
+        if not params:
+            raise ValueError("there are no parameters; give a dict of named tensors, dict(model.named_parameters())")
         rules = dict(rules or {})
         for pattern, rule in rules.items():
             if not isinstance(rule, Manifold | Rule):
@@ -153,20 +155,37 @@ class Geometry:
         return tuple(parameter.name for parameter in self.parameters)
 
     def check(self, params: Mapping[str, Tensor], what: str = "parameter") -> None:
-        """Raise ``ValueError`` unless ``params`` has exactly the names and shapes of this geometry."""
-        missing = [name for name in self.names if name not in params]
-        unknown = [name for name in params if name not in self.names]
-        if missing or unknown:
-            raise ValueError(
-                f"{what} names do not fit the geometry: missing {missing}, unknown {unknown}; "
-                f"expected {list(self.names)}"
-            )
+        """Raise ``ValueError`` unless ``params`` has exactly the names and shapes of this geometry, and real dtypes."""
         for parameter in self.parameters:
-            shape = tuple(params[parameter.name].shape)
-            if shape != parameter.shape:
-                raise ValueError(f"{what} {parameter.name!r} has shape {shape}, the geometry says {parameter.shape}")
-            if not params[parameter.name].is_floating_point():
-                raise ValueError(f"{what} {parameter.name!r} has dtype {params[parameter.name].dtype}; use a real one")
+            tensor = params.get(parameter.name)
+            if tensor is None or len(params) != len(self.parameters):
+                missing = [name for name in self.names if name not in params]
+                unknown = [name for name in params if name not in self.names]
+                raise ValueError(
+                    f"{what} names do not fit the geometry: missing {missing}, unknown {unknown}; "
+                    f"expected {list(self.names)}"
+                )
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{what} {parameter.name!r} has shape {tuple(tensor.shape)}, the geometry says {parameter.shape}"
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{what} {parameter.name!r} has dtype {tensor.dtype}; use a real one")
+
+    def check_points(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ``ValueError`` unless ``params`` fits this geometry in float32 or float64.
+
+        Shorter types hold no point of a manifold: in bfloat16 X^T X is the identity to 1e-2 only. Gradients may be
+        short; points keep a float32 master.
+        """
+        self.check(params)
+        for parameter in self.parameters:
+            dtype = params[parameter.name].dtype
+            if dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"parameter {parameter.name!r} has dtype {dtype}, too short for a point of a manifold; keep a "
+                    "float32 master and give gradients in the short type"
+                )
 
     def check_feasible(self, params: Mapping[str, Tensor], tolerance: float = 1e-3) -> None:
         """Raise ``ValueError`` naming the first parameter that is off its manifold, or not finite."""
@@ -197,7 +216,7 @@ class Geometry:
         gathered = []
         for group in self.groups:
             matrices = [member.view.to_matrix(params[member.name]) for member in group.members]
-            gathered.append(matrices[0] if len(matrices) == 1 else torch.stack(matrices))
+            gathered.append(torch.stack(matrices) if len(matrices) > 1 else matrices[0])
         return gathered
 
     def scatter(self, tensors: Sequence[Tensor]) -> Params:
@@ -207,11 +226,13 @@ class Geometry:
             matrices = [tensor] if len(group.members) == 1 else tensor.unbind(0)
             for member, matrix in zip(group.members, matrices, strict=True):
                 params[member.name] = member.view.from_matrix(matrix)
-        return {name: params[name] for name in self.names}
+        if len(self.groups) == 1:
+            return params
+        return {parameter.name: params[parameter.name] for parameter in self.parameters}
 
     def project(self, params: Mapping[str, Tensor]) -> Params:
         """Return the nearest point of each manifold, detached: a start, not a step to be differentiated."""
-        self.check(params)
+        self.check_points(params)
         params = {name: tensor.detach() for name, tensor in params.items()}
         tensors = [group.manifold.nearest(x) for group, x in zip(self.groups, self.gather(params), strict=True)]
         return self.scatter(tensors)

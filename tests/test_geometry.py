@@ -30,8 +30,20 @@ def test_rules_are_globs_and_the_first_match_counts():
 def test_globs_match_case():
     with pytest.raises(ValueError, match=re.escape("rule 'w*' matches no parameter; the names are W, bias")):
         sm.Geometry.from_rules(params_of(W=(4, 2), bias=(4,)), {"w*": sm.Stiefel()})
-    with pytest.raises(ValueError, match="the names are none"):
+
+
+def test_no_parameters_is_an_error():
+    with pytest.raises(ValueError, match="there are no parameters"):
         sm.Geometry.from_rules({}, {"x": sm.Stiefel()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_points_are_refused_by_name(dtype):
+    geometry = sm.Geometry.from_rules(params_of(W=(4, 2)), {"W": sm.Stiefel()})
+    short = {name: x.to(dtype) for name, x in geometry.initialize(torch.Generator()).items()}
+    for call in (geometry.project, sm.RSGD(geometry, 0.1).init):
+        with pytest.raises(ValueError, match=r"'W' has dtype torch.b?float16, too short .* float32 master"):
+            call(short)
 
 
 @pytest.mark.parametrize("rule", [sm.Stiefel, "Stiefel", None])

@@ -92,7 +92,7 @@ def _canonical(d: int, p: int, rounds: int) -> dict[str, float]:
     return interleaved({"canonical step": step, "n x n solve": lambda: torch.linalg.solve(a, b)}, rounds)
 
 
-def bench_geometry(rounds: int = 5) -> list[dict[str, Any]]:
+def bench_geometry(rounds: int = 9) -> list[dict[str, Any]]:
     """Run all comparisons.
 
     Returns:

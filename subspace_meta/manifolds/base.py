@@ -223,12 +223,21 @@ def gram(y: Tensor) -> Tensor:
     return torch.cat(rows, dim=-2)
 
 
-def times_upper(y: Tensor, u: Tensor) -> Tensor:
-    """Return YU of a ``(..., d, p)`` and an upper triangular tensor; 2dp^2 flops, from 256 columns on 5/4 dp^2."""
+def divide_by_lower(y: Tensor, factor: Tensor) -> Tensor:
+    """Return Y L^{-T} of a ``(..., d, p)`` tensor and a lower triangular one; dp^2 flops, 5/4 of that from 256 columns.
+
+    Substitution by blocks of columns: Q_j = (Y_j - sum_{i<j} Q_i L_ji^T) L_jj^{-T}. Small inverses and products of tall
+    matrices with small ones: a solve with a tall side takes up to twice as long.
+    """
     blocks = column_blocks(y.shape[-1])
-    if len(blocks) == 1:
-        return y @ u
-    return torch.cat([y[..., :end] @ u[..., :end, start:end] for start, end in blocks], dim=-1)
+    columns: list[Tensor] = []
+    for start, end in blocks:
+        corner = factor[..., start:end, start:end].mT
+        rest = y[..., start:end]
+        for (first, last), q in zip(blocks, columns, strict=False):
+            rest = subtract_product(rest, q, factor[..., start:end, first:last].mT)
+        columns.append(rest @ torch.linalg.solve_triangular(corner, identity_like(corner), upper=True))
+    return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0]
 
 
 def gram_error(x: Tensor) -> Tensor:

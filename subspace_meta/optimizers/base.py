@@ -7,7 +7,8 @@ of tensors. ``update`` is pure: it changes none of its inputs, raises nothing ab
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -49,28 +50,42 @@ class Optimizer(Protocol):
         ...
 
 
+def check_rate(lr: float | Tensor) -> None:
+    """Raise ``ValueError`` unless a learning rate given as a number is finite and not negative."""
+    if not isinstance(lr, Tensor) and not 0.0 <= lr < math.inf:
+        raise ValueError(f"the learning rate must be finite and not negative, got {lr}")
+
+
 def check_start(geometry: Geometry, params: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` unless ``params`` fits the geometry and lies on its manifolds.
 
     Values are looked at only outside of ``vmap`` and tracing, where they exist.
     """
-    geometry.check(params)
+    geometry.check_points(params)
     if has_values(*params.values()):
         geometry.check_feasible(params)
 
 
 def gather_gradients(
     geometry: Geometry, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return, per group, the points and the Riemannian gradients there, in the points' dtype."""
+) -> tuple[list[Tensor], Iterator[Tensor]]:
+    """Return, per group, the points and the Riemannian gradients there, in the points' dtype.
+
+    The gradients are made one at a time, when they are asked for: an optimizer that finishes one group before the next
+    holds one Riemannian gradient, not all of them, and finds it in the cache.
+
+    Raises:
+        ValueError: names or shapes of ``grads`` do not fit the geometry.
+    """
+    geometry.check(grads, "gradient")
     points = geometry.gather(params)
-    gradients = [
-        group.manifold.riemannian_gradient(x, g.to(x.dtype))
+    gradients = (
+        group.manifold.riemannian_gradient(x, g)
         for group, x, g in zip(geometry.groups, points, geometry.gather(grads), strict=True)
-    ]
+    )
     return points, gradients
 
 
-def retract_all(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+def retract_all(geometry: Geometry, points: Sequence[Tensor], tangents: Iterable[Tensor]) -> list[Tensor]:
     """Retract every group's tangent."""
     return [g.manifold.retract(x, v) for g, x, v in zip(geometry.groups, points, tangents, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspace_meta.adapter.features import TINY
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_start, gather_gradients
+from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients
 
 
 class RAdamState(NamedTuple):
@@ -45,6 +45,7 @@ class RAdam:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_rate(self.lr)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
 

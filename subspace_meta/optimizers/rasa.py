@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspace_meta.adapter.statistics import cross_means
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_start, gather_gradients, retract_all
+from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients, retract_all
 
 
 class RASAState(NamedTuple):
@@ -51,6 +51,7 @@ class RASA:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        check_rate(self.lr)
         if self.variant not in ("L", "R", "LR"):
             raise ValueError(f"variant must be 'L', 'R' or 'LR', got {self.variant!r}")
         if not 0.0 <= self.beta < 1.0:

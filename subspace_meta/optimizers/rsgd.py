@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_start, gather_gradients, retract_all
+from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients, retract_all
 
 
 class RSGDState(NamedTuple):
@@ -38,6 +38,7 @@ class RSGD:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        check_rate(self.lr)
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
@@ -53,11 +54,10 @@ class RSGD:
         """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
         points, gradients = gather_gradients(self.geometry, params, grads)
         if not self.momentum:
-            tangents = [-self.lr * r for r in gradients]
-            return self.geometry.scatter(retract_all(self.geometry, points, tangents)), state
+            moved = retract_all(self.geometry, points, (-self.lr * r for r in gradients))
+            return self.geometry.scatter(moved), state
         buffers = [self.momentum * m + r for m, r in zip(state.momentum, gradients, strict=True)]
-        tangents = [-self.lr * m for m in buffers]
-        moved = retract_all(self.geometry, points, tangents)
+        moved = retract_all(self.geometry, points, (-self.lr * m for m in buffers))
         carried = [
             group.manifold.transport(x, y, m)
             for group, x, y, m in zip(self.geometry.groups, points, moved, buffers, strict=True)

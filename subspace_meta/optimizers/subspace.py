@@ -96,12 +96,12 @@ class SubspaceOptimizer:
         """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
         groups = self.geometry.groups
         points, gradients = gather_gradients(self.geometry, params, grads)
-        gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]
+        seen_gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]
         buffers = self.adapter.buffers(state)
         if buffers:
             seen = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
             state = self.adapter.with_buffers(state, seen)
-        updates, state = self.adapter(self.weights, state, self.layout, gradients)
+        updates, state = self.adapter(self.weights, state, self.layout, seen_gradients)
         tangents = [
             g.manifold.project(x, g.manifold.from_coordinates(x, u))
             for g, x, u in zip(groups, points, updates, strict=True)
