@@ -52,6 +52,13 @@ class MatrixView:
         left, right = self.pattern.split("->")
         return rearrange(matrix, f"{right} -> {left}", **dict(self.sizes))
 
+    def stacked(self) -> MatrixView:
+        """Return the view of a parameter with one more leading dimension."""
+        if not self.pattern:
+            return self
+        left, right = self.pattern.split("->")
+        return MatrixView(f"stacked0 {left}-> stacked0 {right}", self.sizes)
+
 
 def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     """Choose the matrix view of a parameter by its number of dimensions.
@@ -148,6 +155,24 @@ class Geometry:
                 raise ValueError(f"parameter {name!r} of shape {shape} on {rule.manifold.name}: {error}") from error
             parameters.append(ParameterGeometry(name, shape, rule.manifold, view, matrix_shape))
         return cls(tuple(parameters), _group(parameters))
+
+    def stacked(self, count: int) -> Geometry:
+        """Return the geometry of ``count`` sets of these parameters, stacked along a new leading dimension.
+
+        The groups stay as they are, each with one more batch dimension: optimizers then take the steps of all sets at
+        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, which all
+        of this library do.
+        """
+        groups = []
+        for group in self.groups:
+            members = tuple(
+                ParameterGeometry(m.name, (count, *m.shape), m.manifold, m.view.stacked(), (count, *m.matrix_shape))
+                for m in group.members
+            )
+            leading = (len(members),) if len(members) > 1 else ()
+            groups.append(Group(group.manifold, members, (*leading, *members[0].matrix_shape)))
+        stacked = {member.name: member for group in groups for member in group.members}
+        return Geometry(tuple(stacked[name] for name in self.names), tuple(groups))
 
     @property
     def names(self) -> tuple[str, ...]:

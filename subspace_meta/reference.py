@@ -161,7 +161,7 @@ def _base(
 
     scales, outputs, coordinates = [], [], []
     for n in range(d + p):
-        side, head = (0, "row_head") if n < d else (1, "column_head")
+        side, head = (0, slice(0, 3)) if n < d else (1, slice(3, 6))
         relative = [
             _log_ratio(energy[n], mean_energy),
             _log_ratio(fast[n], mean_fast),
@@ -171,7 +171,7 @@ def _base(
         cosine = _cosine(agreement[n], energy[n], momentum_energy[n])
         features = [*relative, cosine, *context, 1.0 if side == 0 else -1.0]
         hidden, cell = _lstm(theta, "lstm", "", torch.tensor(features, dtype=torch.float64), old[n], 0)
-        output = (theta[f"{head}.weight"] @ hidden + theta[f"{head}.bias"][:, 0]).tolist()
+        output = (theta["head.weight"][head] @ hidden + theta["head.bias"][head, 0]).tolist()
         scales.append(output[0] + sum(w * f for w, f in zip(theta["scale.skip"][side].tolist(), relative, strict=True)))
         outputs.append(output)
         coordinates.append(Coordinate(fast[n], slow[n], (hidden,), (cell,)))
@@ -239,10 +239,10 @@ def _lstm(
 
     Gates lie in the order input, forget, candidate, output.
     """
-    units = theta[f"{name}.hidden"].shape[1]
+    units = theta[f"{name}.weight"].shape[0] // 4
     zero = torch.zeros(units, dtype=torch.float64)
     hidden, cell = (old.hidden[layer], old.cell[layer]) if old.hidden else (zero, zero)
-    gates = theta[f"{name}.input"] @ x + theta[f"{name}.hidden"] @ hidden + theta[f"{name}.bias"][:, 0]
+    gates = theta[f"{name}.weight"] @ torch.cat([x, hidden]) + theta[f"{name}.bias"][:, 0]
     if second_bias:
         gates = gates + theta[second_bias][:, 0]
     new_cell, new_hidden = [], []

@@ -67,10 +67,8 @@ class BaseAdapter:
         """Return the names and shapes of the meta-parameters."""
         return {
             **lstm_shapes("lstm", FEATURES, self.hidden),
-            "row_head.weight": (3, self.hidden),
-            "row_head.bias": (3, 1),
-            "column_head.weight": (3, self.hidden),
-            "column_head.bias": (3, 1),
+            "head.weight": (6, self.hidden),  # three outputs for rows, three for columns
+            "head.bias": (6, 1),
             "scale.skip": (2, 4),
             "length.skip": (CONTEXT_FEATURES,),
             "length.bias": (),
@@ -180,20 +178,22 @@ class BaseAdapter:
             ]
         )
         hidden, cell = lstm_cell(weights, "lstm", features, state.hidden, state.cell)
-        row_output = linear(weights, "row_head", hidden[:, : layout.rows])
-        column_output = linear(weights, "column_head", hidden[:, layout.rows :])
+        # One small product for both sides costs less than two: each takes its half of the outputs.
+        output = linear(weights, "head", hidden)
+        output = torch.cat([output[:3, : layout.rows], output[3:, layout.rows :]], dim=-1)
         skip = weights["scale.skip"]
-        row_scale = row_output[0] + skip[0] @ relative[:, : layout.rows]
-        column_scale = column_output[0] + skip[1] @ relative[:, layout.rows :]
+        skipped = [
+            (skip[i][:, None] * part).sum(dim=0)
+            for i, part in enumerate((relative[:, : layout.rows], relative[:, layout.rows :]))
+        ]
         # Outputs beside the scales are pooled over each matrix: its length and its mix.
-        outputs = torch.cat([torch.cat([row_scale, column_scale])[None], torch.cat([row_output, column_output], 1)[1:]])
-        row_outputs, column_outputs = layout.unpack(outputs)
+        row_outputs, column_outputs = layout.unpack(torch.cat([(output[0] + torch.cat(skipped))[None], output[1:]]))
 
         updates = []
         groups = zip(gradients, momentum, row_outputs, column_outputs, context, sizes, strict=True)
         for r, m, rows, columns, c, (d, p) in groups:
             pooled = matrix_mean(rows[1:], d) + matrix_mean(columns[1:], p)
-            length = torch.sigmoid(weights["length.bias"] + c @ weights["length.skip"] + pooled[0])
+            length = torch.sigmoid(weights["length.bias"] + (c * weights["length.skip"]).sum(dim=-1) + pooled[0])
             mix = torch.sigmoid(weights["mix.bias"] + pooled[1])[..., None, None]
             direction = rank2(torch.lerp(r, m, mix), torch.exp(rows[0]), torch.exp(columns[0]))
             mean_square = direction.square().sum(dim=(-2, -1), keepdim=True) / (d * p)

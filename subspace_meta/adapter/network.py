@@ -20,8 +20,8 @@ def lstm_cell(
     """Advance one LSTM layer by one step (Hochreiter and Schmidhuber 1997, with forget gate).
 
     Args:
-        weights: holds ``name.input`` (4H, F), ``name.hidden`` (4H, H) and ``name.bias`` (4H, 1); gates in the order
-            input, forget, candidate, output.
+        weights: holds ``name.weight`` (4H, F + H), for features and hidden units side by side, and ``name.bias``
+            (4H, 1); gates in the order input, forget, candidate, output.
         name: the layer.
         x: ``(F, N)`` features.
         hidden, cell: ``(H, N)``.
@@ -29,7 +29,7 @@ def lstm_cell(
     Returns:
         The new ``hidden`` and ``cell``.
     """
-    gates = weights[f"{name}.input"] @ x + weights[f"{name}.hidden"] @ hidden + weights[f"{name}.bias"]
+    gates = weights[f"{name}.weight"] @ torch.cat([x, hidden]) + weights[f"{name}.bias"]
     enter, forget, candidate, leave = gates.chunk(4, dim=0)
     cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
     return torch.sigmoid(leave) * torch.tanh(cell), cell
@@ -38,8 +38,7 @@ def lstm_cell(
 def lstm_shapes(name: str, features: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the weights of one layer."""
     return {
-        f"{name}.input": (4 * hidden, features),
-        f"{name}.hidden": (4 * hidden, hidden),
+        f"{name}.weight": (4 * hidden, features + hidden),
         f"{name}.bias": (4 * hidden, 1),
     }
 
@@ -54,8 +53,7 @@ def init_lstm(name: str, features: int, hidden: int, generator: torch.Generator 
     bias = torch.zeros(4 * hidden, 1)
     bias[hidden : 2 * hidden] = 1.0
     return {
-        f"{name}.input": uniform(4 * hidden, features),
-        f"{name}.hidden": uniform(4 * hidden, hidden),
+        f"{name}.weight": torch.cat([uniform(4 * hidden, features), uniform(4 * hidden, hidden)], dim=1),
         f"{name}.bias": bias,
     }
 

@@ -146,7 +146,9 @@ class Trainer:
         self.skipped_in_a_row = 0
         make = _optimizer_of(settings.preset)
         self.streams = [
-            _Stream(stream, InnerLoop(stream.families[0].problem, make, compiled=stream.compiled))
+            _Stream(
+                stream, InnerLoop(stream.families[0].problem, make, interval=settings.segment, compiled=stream.compiled)
+            )
             for stream in settings.streams
         ]
 
@@ -182,7 +184,7 @@ class Trainer:
         objectives = trace.objectives.detach().requires_grad_()
         loss = relative_log_loss(objectives, stream.initial, stream.data["reference"]).mean()
         (cotangents,) = torch.autograd.grad(loss, objectives)
-        gradient = pull_back(stream.loop, self.theta, trace, batches, measured, cotangents)
+        gradient = pull_back(stream.loop, self.theta, trace, batches, measured, cotangents).theta
         norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
         finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
         stream.age += self.settings.segment

@@ -1,17 +1,26 @@
-"""The inner loop: many steps of an optimizer on many tasks, and the derivative of its losses to the meta-parameters.
+"""The inner loop: many steps of an optimizer on many tasks side by side, and the derivative of its losses.
 
-One *block* of a few steps, vmapped over tasks, is compiled twice: forward, and backward by ``torch.func.vjp`` of the
-same block, which recomputes it. The loop over blocks is plain Python: it keeps the carry at the borders (segment
-recomputation, also known as checkpointing: Griewank 1992; Chen et al. 2016) and walks back through them. So the time to
-compile does not depend on the number of steps, and memory is the carries plus one block.
+One *block* of a few steps is a pure function of meta-parameters, carry and mini-batches. It is compiled once forward
+and once backward (the compiler keeps what the backward pass needs: its residuals), and the loop over blocks is Python.
+So the time to compile does not depend on the number of steps.
 
-``autograd`` through an already compiled loss is impossible, which is why the inner gradient (``torch.func.grad``) is
-traced inside of the block. ``torch.utils.checkpoint`` fails over torch.func; the recomputation here does not need it.
+Residuals of all T steps may not fit. With a *checkpoint interval* of k steps only the carries at the borders of the
+intervals are kept; the backward pass runs each interval again to have its residuals (Griewank 1992; Chen et al. 2016).
+Memory is then T/k carries and k residuals, least at k = sqrt(T), and the price is one more forward pass. Block length
+and interval are separate: the first is about compilation, the second about memory.
+
+Tasks are not vmapped through the optimizer. They are one more batch dimension of every parameter
+(:meth:`~subspace_meta.geometry.Geometry.stacked`), so that the coordinates of all tasks lie end to end in one long
+vector: under ``vmap`` the adapter's products would need a transposition before and after. Only losses are vmapped.
+
+The inner gradient (``torch.func.grad``) is traced inside of the block; autograd through a loss that is already compiled
+is impossible, and ``torch.utils.checkpoint`` fails over ``torch.func``.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,12 +31,13 @@ from torch.utils import _pytree as pytree
 
 from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry, Params
+from subspace_meta.meta.compiling import compile_block
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import Batch, Data, Problem
 
 
 class Carry(NamedTuple):
-    """Where the inner loops stand; every tensor has the tasks as its first dimension."""
+    """Where the inner loops stand: parameters with leading dimension ``(tasks,)``, and the optimizer's state."""
 
     params: Params
     state: Any
@@ -41,42 +51,80 @@ class InnerLoop:
         problem: what is optimized.
         make_optimizer: ``(geometry, theta) -> optimizer``; a module-level function or a hashable object.
         block: steps in one compiled block.
+        interval: steps between two kept carries, a multiple of ``block``; ``None`` is about the square root of the
+            number of steps, and a number at least as large as that keeps all residuals.
         compiled: compile the blocks, or run them eagerly.
         first_order: treat inner gradients as constants in the meta-gradient (Andrychowicz et al. 2016).
+
+    Raises:
+        ValueError: ``block`` is not positive, or ``interval`` no multiple of it.
     """
 
     problem: Problem
     make_optimizer: Callable[[Geometry, Weights], Optimizer]
     block: int = 1
+    interval: int | None = None
     compiled: bool = True
     first_order: bool = False
 
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ValueError(f"a block needs at least one step, got {self.block}")
+        if self.interval is not None and (self.interval < 1 or self.interval % self.block):
+            raise ValueError(f"the interval {self.interval} is not a multiple of the block length {self.block}")
+
     def start(self, theta: Weights, params: Params) -> Carry:
-        """Return the carry at stacked starting points."""
-        optimizer = self.make_optimizer(self.problem.geometry, theta)
-        carry = Carry(params, torch.func.vmap(optimizer.init)(params))
-        return _contiguous(carry)
+        """Return the carry at starting points with leading dimension ``(tasks,)``."""
+        optimizer = self.make_optimizer(self.problem.geometry.stacked(_leading(params)), theta)
+        return _contiguous(Carry(dict(params), optimizer.init(params)))
 
     def step(self, theta: Weights, carry: Carry, batch: Batch, data: Data) -> tuple[Carry, Tensor]:
-        """Take one step on one task; return the carry and the objective after it."""
-        optimizer = self.make_optimizer(self.problem.geometry, theta)
-        grads, value = torch.func.grad_and_value(self.problem.loss)(carry.params, batch)
-        if self.first_order:
-            grads = {name: grad.detach() for name, grad in grads.items()}
-        params, state = optimizer.update(grads, carry.state, carry.params, value)
-        return Carry(params, state), self.problem.objective(params, data)
+        """Take one step on all tasks; return the carry and the objectives after it, ``(tasks,)``."""
+        return _step(self, self.problem.geometry.stacked(_leading(carry.params)), theta, carry, batch, data)
 
     def objective(self, params: Params, data: Data) -> Tensor:
         """Return the objective of each task, ``(tasks,)``."""
         return torch.func.vmap(self.problem.objective)(params, data)
 
+    def interval_of(self, steps: int) -> int:
+        """Return the checkpoint interval for so many steps."""
+        return self.interval or self.block * math.ceil(math.sqrt(steps / self.block))
+
 
 class Trace(NamedTuple):
-    """What a forward pass leaves: the last carry, objectives ``(steps, tasks)`` and the carries at block borders."""
+    """What a forward pass leaves.
+
+    Attributes:
+        carry: after the last step.
+        objectives: after each step, ``(steps, tasks)``.
+        borders: the carries at the start of each interval.
+        last: the last interval with its residuals, which is not run again.
+    """
 
     carry: Carry
     objectives: Tensor
     borders: list[Carry]
+    last: _Interval
+
+
+class _Interval(NamedTuple):
+    """An interval of steps whose residuals are alive: its leaves, and what came out of them."""
+
+    theta: Weights
+    start: Carry
+    carry: Carry
+    objectives: Tensor
+
+
+class MetaGradient(NamedTuple):
+    """The derivative of a weighted sum of objectives, to the meta-parameters and to the first carry."""
+
+    theta: Weights
+    carry: Carry
+
+
+def _leading(tree: dict[str, Tensor]) -> int:
+    return next(iter(tree.values())).shape[0]
 
 
 def _contiguous(tree: Any) -> Any:
@@ -84,31 +132,57 @@ def _contiguous(tree: Any) -> Any:
     return pytree.tree_map(torch.Tensor.contiguous, tree)
 
 
-def _steps(batches: Batch) -> int:
-    return next(iter(batches.values())).shape[0]
+def _detached(tree: Any) -> Any:
+    return pytree.tree_map(torch.Tensor.detach, tree)
+
+
+def _leaves(tree: Any) -> Any:
+    return pytree.tree_map(lambda x: x.detach().requires_grad_(), tree)
+
+
+def _step(
+    loop: InnerLoop, geometry: Geometry, theta: Weights, carry: Carry, batch: Batch, data: Data
+) -> tuple[Carry, Tensor]:
+    """Take one step on all tasks; ``geometry`` is that of the stacked parameters."""
+    grads, values = torch.func.vmap(torch.func.grad_and_value(loop.problem.loss))(carry.params, batch)
+    if loop.first_order:
+        grads = {name: grad.detach() for name, grad in grads.items()}
+    params, state = loop.make_optimizer(geometry, theta).update(grads, carry.state, carry.params, values)
+    return Carry(params, state), loop.objective(params, data)
 
 
 @functools.cache
-def _blocks(loop: InnerLoop) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the forward and the backward function of a block, compiled if the loop says so."""
-    step = torch.func.vmap(loop.step, in_dims=(None, 0, 0, 0))
+def block_of(loop: InnerLoop, tasks: int) -> Callable[[Weights, Carry, Batch, Data], tuple[Carry, Tensor]]:
+    """Return the function that takes ``loop.block`` steps, compiled if the loop says so."""
+    geometry = loop.problem.geometry.stacked(tasks)
 
-    def forward(theta: Weights, carry: Carry, batches: Batch, data: Data) -> tuple[Carry, Tensor]:
+    def block(theta: Weights, carry: Carry, batches: Batch, data: Data) -> tuple[Carry, Tensor]:
         objectives = []
-        for t in range(_steps(batches)):
-            carry, objective = step(theta, carry, {name: value[t] for name, value in batches.items()}, data)
+        for t in range(loop.block):
+            batch = {name: value[t] for name, value in batches.items()}
+            carry, objective = _step(loop, geometry, theta, carry, batch, data)
             objectives.append(objective)
         return _contiguous(carry), torch.stack(objectives)
 
-    def backward(
-        theta: Weights, carry: Carry, batches: Batch, data: Data, cotangents: tuple[Carry, Tensor]
-    ) -> tuple[Weights, Carry]:
-        pullback: Any = torch.func.vjp(lambda t, c: forward(t, c, batches, data), theta, carry)[1]
-        return _contiguous(pullback(cotangents))
+    return compile_block(block) if loop.compiled else block
 
-    if not loop.compiled:
-        return forward, backward
-    return torch.compile(forward, fullgraph=True, dynamic=False), torch.compile(backward, fullgraph=True, dynamic=False)
+
+def _interval(
+    loop: InnerLoop, theta: Weights, start: Carry, batches: Batch, data: Data, steps: range, keep: bool
+) -> _Interval:
+    """Take the steps of ``steps``; with their residuals if ``keep``."""
+    block = block_of(loop, _leading(start.params))
+    start = _leaves(start)
+    carry, objectives = start, []
+    with torch.enable_grad():
+        for t in steps[:: loop.block]:
+            window = {name: value[t : t + loop.block] for name, value in batches.items()}
+            carry, values = block(theta, carry, window, data)
+            if not keep:
+                # The same compiled code whether residuals are wanted or not: without them it would be compiled again.
+                carry, values = _leaves(carry), values.detach()
+            objectives.append(values)
+    return _Interval(theta, start, carry, torch.cat(objectives))
 
 
 def run(loop: InnerLoop, theta: Weights, carry: Carry, batches: Batch, data: Data) -> Trace:
@@ -122,38 +196,47 @@ def run(loop: InnerLoop, theta: Weights, carry: Carry, batches: Batch, data: Dat
         data: leading dimension ``(tasks,)``.
 
     Raises:
-        ValueError: the number of steps is not a multiple of the block.
+        ValueError: there are no steps, or their number is not a multiple of the block.
     """
-    steps = _steps(batches)
-    if steps % loop.block:
+    steps = _leading(batches)
+    if not steps or steps % loop.block:
         raise ValueError(f"{steps} steps are not a multiple of the block length {loop.block}")
-    forward, _ = _blocks(loop)
+    interval = loop.interval_of(steps)
+    theta = _leaves(theta)
     borders, objectives = [], []
-    for t in range(0, steps, loop.block):
-        borders.append(carry)
-        carry, values = forward(theta, carry, {k: v[t : t + loop.block] for k, v in batches.items()}, data)
-        objectives.append(values)
-    return Trace(carry, torch.cat(objectives), borders)
+    for t in range(0, steps, interval):
+        borders.append(_detached(carry))
+        end = min(t + interval, steps)
+        part = _interval(loop, theta, carry, batches, data, range(t, end), keep=end == steps)
+        carry = part.carry
+        objectives.append(part.objectives.detach())
+    return Trace(_detached(carry), torch.cat(objectives), borders, part)
 
 
 def pull_back(
     loop: InnerLoop, theta: Weights, trace: Trace, batches: Batch, data: Data, objective_cotangents: Tensor
-) -> Weights:
-    """Return the gradient to ``theta`` of sum(objectives * objective_cotangents), through all steps of the trace.
+) -> MetaGradient:
+    """Return the derivative of sum(objectives * objective_cotangents), through all steps of the trace.
 
-    The carry at the first border is a constant: the derivative stops there (truncation).
+    The carry at the start is a constant: the derivative stops there (truncation). A trace can be pulled back once.
     """
-    _, backward = _blocks(loop)
-    carry_cotangent = _contiguous(pytree.tree_map(torch.zeros_like, trace.carry))
+    steps = _leading(batches)
+    interval = loop.interval_of(steps)
+    leaves = _leaves(theta)
     total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    part, cotangent = trace.last, pytree.tree_map(torch.zeros_like, trace.carry)
     for index in reversed(range(len(trace.borders))):
-        window = slice(index * loop.block, (index + 1) * loop.block)
-        part, carry_cotangent = backward(
-            theta,
-            trace.borders[index],
-            {name: value[window] for name, value in batches.items()},
-            data,
-            (carry_cotangent, objective_cotangents[window]),
+        t = index * interval
+        end = min(t + interval, steps)
+        if end < steps:
+            part = _interval(loop, leaves, trace.borders[index], batches, data, range(t, end), keep=True)
+        outputs = [*pytree.tree_leaves(part.carry), part.objectives]
+        given = [*pytree.tree_leaves(cotangent), objective_cotangents[t:end]]
+        names = list(theta)
+        starts, structure = pytree.tree_flatten(part.start)
+        found = torch.autograd.grad(
+            outputs, [*(part.theta[name] for name in names), *starts], given, materialize_grads=True
         )
-        total = {name: total[name] + part[name] for name in total}
-    return total
+        total = {name: total[name] + value for name, value in zip(names, found, strict=False)}
+        cotangent = pytree.tree_unflatten(list(found[len(names) :]), structure)
+    return MetaGradient(total, cotangent)

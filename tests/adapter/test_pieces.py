@@ -74,8 +74,8 @@ def test_the_cell_is_that_of_torch():
     weights = {k: v.double() for k, v in init_lstm("cell", 3, 4, torch.Generator().manual_seed(0)).items()}
     peer = torch.nn.LSTMCell(3, 4, dtype=torch.float64)
     with torch.no_grad():
-        peer.weight_ih.copy_(weights["cell.input"])
-        peer.weight_hh.copy_(weights["cell.hidden"])
+        peer.weight_ih.copy_(weights["cell.weight"][:, :3])
+        peer.weight_hh.copy_(weights["cell.weight"][:, 3:])
         peer.bias_ih.copy_(weights["cell.bias"][:, 0])
         peer.bias_hh.zero_()
     x, hidden, cell = normal(3, 7, seed=1), normal(4, 7, seed=2), normal(4, 7, seed=3)
@@ -139,8 +139,8 @@ def test_paper_is_the_published_network(mean_statistics, step_size):
     lstm = torch.nn.LSTM(1, 20, num_layers=2, dtype=torch.float64)
     with torch.no_grad():
         for layer in range(2):
-            getattr(lstm, f"weight_ih_l{layer}").copy_(weights[f"lstm{layer}.input"])
-            getattr(lstm, f"weight_hh_l{layer}").copy_(weights[f"lstm{layer}.hidden"])
+            getattr(lstm, f"weight_ih_l{layer}").copy_(weights[f"lstm{layer}.weight"][:, : -adapter.hidden])
+            getattr(lstm, f"weight_hh_l{layer}").copy_(weights[f"lstm{layer}.weight"][:, -adapter.hidden :])
             getattr(lstm, f"bias_ih_l{layer}").copy_(weights[f"lstm{layer}.bias"][:, 0])
             getattr(lstm, f"bias_hh_l{layer}").copy_(weights[f"lstm{layer}.hidden_bias"][:, 0])
     state, memory, maxima = adapter.init(layout, [normal(5, 3)]), None, None

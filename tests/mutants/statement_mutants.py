@@ -69,8 +69,8 @@ MUTANTS = (
     Mutant("descent_direction", SUBSPACE, "gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]", "gradients = list(gradients)"),
     Mutant("sufficient_decrease", SUBSPACE, "moved = retract_all(self.geometry, points, tangents)", "moved = retract_all(self.geometry, points, [3.0 * v for v in tangents])"),
     Mutant("ambient_counter_example", CANONICAL, "return _scale_span(x, v, math.sqrt(0.5))", "return v"),
-    Mutant("segment_recomputation", "subspace_meta/meta/unroll.py", "        part, carry_cotangent = backward(", "        part, _ = backward("),
-    Mutant("segment_recomputation_memory", "subspace_meta/meta/unroll.py", "_contiguous(pullback(cotangents))", "_contiguous(forward.__dict__.setdefault('kept', []).append(pullback) or pullback(cotangents))"),
+    Mutant("segment_recomputation", "subspace_meta/meta/unroll.py", "        cotangent = pytree.tree_unflatten(list(found[len(names) :]), structure)", "        cotangent = pytree.tree_map(torch.zeros_like, trace.carry)"),
+    Mutant("segment_recomputation_memory", "subspace_meta/meta/unroll.py", "return self.interval or self.block * math.ceil(math.sqrt(steps / self.block))", "return steps"),
     Mutant("retraction_orders", RETRACTIONS, "torch.addcmul(x @ (2.0 * identity - a), scale, v)", "torch.addcmul(x @ (2.0 * identity - a), scale, v) + 0.1 * (v - x @ a) @ a"),
     Mutant("optimizer_memory", BASE, "slow=like.new_zeros(coordinates)", "slow=like.new_zeros(2, coordinates)"),
 )

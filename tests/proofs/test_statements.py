@@ -909,21 +909,26 @@ def test_segment_recomputation(seed):
     params = {"x": torch.stack([orthonormal(d, p, seed + i) for i in range(tasks)])}
     batches, data = {"z": normal(steps, tasks, 4, d, seed=seed)}, {"all": normal(tasks, 9, d, seed=seed + 1)}
     weights = normal(steps, tasks, seed=seed + 2)
-    whole = InnerLoop(problem, make_base, block=steps, compiled=False)
+    whole = InnerLoop(problem, make_base, interval=steps, compiled=False)
 
-    def total(theta: dict[str, Tensor]) -> Tensor:
-        return (run(whole, theta, whole.start(theta, params), batches, data).objectives * weights).sum()
+    def unrolled(theta: dict[str, Tensor]) -> Tensor:
+        carry, objectives = whole.start(theta, params), []
+        for t in range(steps):
+            carry, values = whole.step(theta, carry, {"z": batches["z"][t]}, data)
+            objectives.append(values)
+        return torch.stack(objectives)
 
-    plain = torch.func.grad(total)(theta)
-    objectives = run(whole, theta, whole.start(theta, params), batches, data).objectives
-    for block in (1, 3, 6):
-        loop = replace(whole, block=block)
+    plain = torch.func.grad(lambda theta: (unrolled(theta) * weights).sum())(theta)
+    objectives = unrolled(theta)
+    for interval in (1, 2, 4, 6):
+        loop = replace(whole, interval=interval)
         carry = loop.start(theta, params)
         calls.clear()
         trace = run(loop, theta, carry, batches, data)
-        assert len(trace.borders) == math.ceil(steps / block)
-        gradient = pull_back(loop, theta, trace, batches, data, weights)
-        assert len(calls) == 2 * steps
+        assert len(trace.borders) == math.ceil(steps / interval)
+        gradient = pull_back(loop, theta, trace, batches, data, weights).theta
+        # The last interval is not run again.
+        assert len(calls) == 2 * steps - (steps - interval * (len(trace.borders) - 1))
         assert torch.equal(trace.objectives, objectives)
         for name, value in plain.items():
             # The parts of the segments are added in another order than without segments.
@@ -938,7 +943,7 @@ def test_segment_recomputation_memory():
     for steps in lengths:
         live = LiveBytes()
         problem = pca_problem(16, 3, live.measure)
-        loop = InnerLoop(problem, make_rsgd, block=math.isqrt(steps), compiled=False)
+        loop = InnerLoop(problem, make_rsgd, interval=math.isqrt(steps), compiled=False)
         batches, data = {"z": normal(1, 1, 2, 16).expand(steps, 1, 2, 16)}, {"all": normal(1, 2, 16)}
         with live:
             trace = run(loop, theta, loop.start(theta, params), batches, data)

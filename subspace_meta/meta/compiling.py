@@ -1,0 +1,87 @@
+"""``torch.compile`` for the blocks of an inner loop, with two rewritings of the compiler's graph.
+
+Losses, geometry and their derivatives bring both patterns again and again, so the graph is rewritten, not the source.
+Measured on one core of a CPU with 16 floats in a register:
+
+* Batched products of small matrices with fewer than 16 columns run at a quarter of the speed of their transposes in the
+  library that torch uses: 16 products of 64 x 64 with 64 x 8 take 73 us, as (B^T A^T)^T they take 20 us.
+* The vectorised tanh takes four times as long as the sigmoid. In float32 tanh(x) = 2 sigmoid(2x) - 1 is as good in
+  absolute error (1e-7), which is what an LSTM cell needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_NARROW = 16  # columns; from there on the two orders take the same time
+_count = itertools.count()
+
+
+def rewrite(graph: torch.fx.Graph) -> None:
+    """Transpose narrow batched products, ``(b, m, k)`` by ``(b, k, n)`` with n < 16 and 2n <= m; replace tanh."""
+    aten = torch.ops.aten
+
+    def put(target: Any, *args: Any) -> torch.fx.Node:
+        new = graph.call_function(target, args)
+        new.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, torch.fx.Node) else arg for arg in args))
+        return new
+
+    for node in [*graph.find_nodes(op="call_function", target=aten.bmm.default)]:
+        value = node.meta["val"]
+        if value.device.type != "cpu" or value.shape[-1] >= _NARROW or 2 * value.shape[-1] > value.shape[-2]:
+            continue
+        with value.fake_mode, graph.inserting_before(node):
+            right, left = (put(aten.permute.default, side, [0, 2, 1]) for side in node.args)
+            node.replace_all_uses_with(put(aten.permute.default, put(aten.bmm.default, left, right), [0, 2, 1]))
+        graph.erase_node(node)
+    for node in [*graph.find_nodes(op="call_function", target=aten.tanh.default)]:
+        value = node.meta["val"]
+        if value.device.type != "cpu" or value.dtype != torch.float32:
+            continue
+        with value.fake_mode, graph.inserting_before(node):
+            doubled = put(aten.mul.Tensor, node.args[0], 2.0)
+            node.replace_all_uses_with(
+                put(aten.sub.Tensor, put(aten.mul.Tensor, put(aten.sigmoid.default, doubled), 2.0), 1.0)
+            )
+        graph.erase_node(node)
+
+
+def _options() -> dict[str, Any]:
+    # The wrapper around the kernels is Python: on small matrices its checks of what the compiler itself allocated take
+    # a tenth of the time.
+    options: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "cpp_wrapper": True}
+    try:
+        from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    except ImportError:  # an older torch: no rewriting, the same results
+        return {"size_asserts": False}
+
+    class Rewrite(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            rewrite(graph)
+
+        def uuid(self) -> Any:
+            """Identify this code to the compiler's cache."""
+            return get_hash_for_files((__file__,))
+
+    return options | {"post_grad_custom_post_pass": Rewrite()}
+
+
+def compile_block(function: types.FunctionType) -> Callable[..., Any]:
+    """Compile a function as one graph for fixed shapes.
+
+    Functions made by the same ``def`` share a code object, and with it the compiler's limit on the number of graphs:
+    each gets its own here.
+    """
+    own = types.FunctionType(
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_count)}"),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, options=_options())

@@ -1,0 +1,148 @@
+"""The same meta-gradient in JAX: preset ``base`` on PCA over Stiefel, ``jit(vmap(scan))``.
+
+Written from the formulas for one matrix, as a JAX user would: no packing, no layout. ``meta/test_jax_twin.py`` shows
+that both compute the same gradient; ``subspace-meta bench meta`` compares their speed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+TINY, FLOOR = 1e-30, 1e-6
+MOMENTUM, FAST, SLOW = 0.9, 0.9, 0.99
+MAX_NORM, ROUNDING = 10.0, 64.0
+
+
+def project(x: Any, v: Any) -> Any:
+    inner = x.T @ v
+    return v - x @ (0.5 * (inner + inner.T))
+
+
+def riemannian_gradient(x: Any, g: Any) -> Any:
+    r = project(x, g)
+    lost = jnp.vdot(r, r) <= (ROUNDING * jnp.finfo(r.dtype).eps) ** 2 * jnp.vdot(g, g)
+    return jnp.where(lost, jnp.zeros_like(r), r)
+
+
+def retract(x: Any, v: Any) -> Any:
+    """Cholesky QR, steps longer than MAX_NORM shortened."""
+    y = x + jnp.sqrt(MAX_NORM**2 / jnp.maximum(jnp.vdot(v, v), MAX_NORM**2)) * v
+    factor = jnp.linalg.cholesky(y.T @ y)
+    inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(x.shape[1], dtype=x.dtype), lower=True)
+    return y @ inverse.T
+
+
+def log_ratio(a: Any, b: Any) -> Any:
+    return 0.5 * jnp.log(a / (b + TINY) + FLOOR)
+
+
+def cosine(ab: Any, a: Any, b: Any) -> Any:
+    return ab / (jnp.sqrt(a + TINY) * jnp.sqrt(b + TINY))
+
+
+def average(decay: float, t: Any, old: Any, new: Any) -> Any:
+    return old + (1 - decay) / (1 - decay**t) * (new - old)
+
+
+def energies(a: Any, b: Any) -> Any:
+    product = a * b
+    return jnp.concatenate([product.mean(axis=1), product.mean(axis=0)])
+
+
+def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
+    """Turn the Riemannian gradient into an update; the formulas of preset ``base`` for one matrix."""
+    t, m, fast, slow, peak, hidden, cell = state
+    d, p = r.shape
+    t = t + 1
+    m = average(MOMENTUM, t, m, r)
+    energy, momentum_energy, agreement = energies(r, r), energies(m, m), energies(r, m)
+    fast, slow = average(FAST, t, fast, energy), average(SLOW, t, slow, energy)
+    means = [values[:d].mean() for values in (energy, fast, slow, momentum_energy, agreement)]
+    peak = jnp.maximum(peak, means[1])
+    context = jnp.stack(
+        [
+            log_ratio(means[3], means[1]),
+            log_ratio(means[1], means[2]),
+            log_ratio(means[0], means[1]),
+            log_ratio(means[1], peak),
+            cosine(means[4], means[0], means[3]),
+            *(jnp.tanh(t / scale - 1.0) for scale in (10.0, 100.0, 1000.0)),
+        ]
+    )
+    relative = jnp.stack(
+        [log_ratio(a, b) for a, b in zip((energy, fast, slow, momentum_energy), means[:4], strict=True)]
+    )
+    features = jnp.concatenate(
+        [
+            relative,
+            cosine(agreement, energy, momentum_energy)[None],
+            jnp.broadcast_to(context[:, None], (len(context), d + p)),
+            jnp.concatenate([jnp.ones(d, r.dtype), -jnp.ones(p, r.dtype)])[None],
+        ]
+    )
+    gates = theta["lstm.weight"] @ jnp.concatenate([features, hidden]) + theta["lstm.bias"]
+    enter, forget, candidate, leave = jnp.split(gates, 4)
+    cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
+    hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
+    rows = theta["head.weight"][:3] @ hidden[:, :d] + theta["head.bias"][:3]
+    columns = theta["head.weight"][3:] @ hidden[:, d:] + theta["head.bias"][3:]
+    row_scale = jnp.exp(rows[0] + theta["scale.skip"][0] @ relative[:, :d])
+    column_scale = jnp.exp(columns[0] + theta["scale.skip"][1] @ relative[:, d:])
+    pooled = rows[1:].mean(axis=1) + columns[1:].mean(axis=1)
+    length = jax.nn.sigmoid(theta["length.bias"] + context @ theta["length.skip"] + pooled[0])
+    mix = jax.nn.sigmoid(theta["mix.bias"] + pooled[1])
+    direction = row_scale[:, None] * (r + mix * (m - r)) * column_scale[None]
+    update = -length / jnp.sqrt((direction**2).mean() + TINY) / d**0.5 * direction
+    return update, (t, m, fast, slow, peak, hidden, cell)
+
+
+def loss(x: Any, z: Any) -> Any:
+    return ((z**2).sum() - ((z @ x) ** 2).sum()) / z.shape[0]
+
+
+def inner_step(theta: Any, covariance: Any, carry: Any, z: Any) -> tuple[Any, Any]:
+    x, state = carry
+    update, (t, m, *rest) = adapt(theta, state, riemannian_gradient(x, jax.grad(loss)(x, z)))
+    y = retract(x, project(x, update))
+    objective = jnp.trace(covariance) - (y * (covariance @ y)).sum()
+    return (y, (t, project(y, m), *rest)), objective
+
+
+def start(x: Any, hidden: int) -> Any:
+    d, p = x.shape
+    zeros = functools.partial(jnp.zeros, dtype=x.dtype)
+    return (
+        zeros(()),
+        zeros((d, p)),
+        zeros(d + p),
+        zeros(d + p),
+        zeros(()),
+        zeros((hidden, d + p)),
+        zeros((hidden, d + p)),
+    )
+
+
+@functools.cache
+def meta_gradient(unroll: int) -> Callable[..., Any]:
+    """Return jit of (theta, x0 (B, d, p), z (T, B, n, d), covariance, reference, initial) -> gradient of the loss.
+
+    The loss is the mean of log((f - f*)/(f_0 - f*) + 1e-6), as in the meta-trainer.
+    """
+
+    def one(theta: Any, x: Any, z: Any, covariance: Any) -> Any:
+        carry = (x, start(x, theta["head.weight"].shape[1]))
+        body = functools.partial(inner_step, theta, covariance)
+        return lax.scan(body, carry, z, unroll=unroll)[1]
+
+    def outer(theta: Any, x: Any, z: Any, covariance: Any, reference: Any, initial: Any) -> Any:
+        objectives = jax.vmap(one, in_axes=(None, 0, 1, 0))(theta, x, z, covariance)
+        excess = jnp.maximum(objectives - reference[:, None], 0.0) / (initial - reference)[:, None]
+        return jnp.log(excess + 1e-6).mean()
+
+    return jax.jit(jax.grad(outer))
