@@ -37,6 +37,26 @@ def test_no_parameters_is_an_error():
         sm.Geometry.from_rules({}, {"x": sm.Stiefel()})
 
 
+def test_stacked_sets_are_seen_as_one_more_batch_dimension():
+    params = params_of(conv=(8, 3, 2, 2), heads=(6, 5), w=(5, 3), v=(5, 3), b=(4,), scale=())
+    rules = {"conv": sm.Stiefel(), "heads": sm.Rule(sm.Stiefel(), sm.MatrixView.heads(2)), "[wv]": sm.Grassmann()}
+    geometry = sm.Geometry.from_rules(params, rules)
+    sets = [geometry.initialize(torch.Generator().manual_seed(seed)) for seed in range(3)]
+    stacked = geometry.stacked(3)
+    together = {name: torch.stack([one[name] for one in sets]) for name in sets[0]}
+    stacked.check(together)
+    stacked.check_feasible(together)
+    gathered = stacked.gather(together)
+    assert [x.shape for x in gathered] == [group.shape for group in stacked.groups]
+    assert len(gathered) == len(geometry.groups)
+    for i, one in enumerate(sets):
+        for group, part, whole in zip(geometry.groups, geometry.gather(one), gathered, strict=True):
+            assert torch.equal(whole[:, i] if len(group.members) > 1 else whole[i], part)
+    back = stacked.scatter(gathered)
+    assert list(back) == list(together)
+    assert all(torch.equal(back[name], together[name]) for name in back)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_points_are_refused_by_name(dtype):
     geometry = sm.Geometry.from_rules(params_of(W=(4, 2)), {"W": sm.Stiefel()})

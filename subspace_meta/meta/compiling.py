@@ -14,12 +14,14 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 _NARROW = 16  # columns; from there on the two orders take the same time
 _count = itertools.count()
+
+Block = TypeVar("Block", bound=Callable[..., Any])
 
 
 def rewrite(graph: torch.fx.Graph) -> None:
@@ -71,12 +73,13 @@ def _options() -> dict[str, Any]:
     return options | {"post_grad_custom_post_pass": Rewrite()}
 
 
-def compile_block(function: types.FunctionType) -> Callable[..., Any]:
+def compile_block(function: Block) -> Block:
     """Compile a function as one graph for fixed shapes.
 
     Functions made by the same ``def`` share a code object, and with it the compiler's limit on the number of graphs:
     each gets its own here.
     """
+    assert isinstance(function, types.FunctionType)
     own = types.FunctionType(
         function.__code__.replace(co_name=f"{function.__name__}_{next(_count)}"),
         function.__globals__,
@@ -84,4 +87,4 @@ def compile_block(function: types.FunctionType) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, dynamic=False, options=_options())
+    return cast(Block, torch.compile(own, fullgraph=True, dynamic=False, options=_options()))

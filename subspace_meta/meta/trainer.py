@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import CheckpointError, load_tensors, save_tensors
+from subspace_meta.geometry import Geometry
 from subspace_meta.meta.unroll import Carry, InnerLoop, pull_back, run
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
 from subspace_meta.tasks.base import Data, TaskFamily
@@ -38,6 +39,17 @@ MOST_SKIPPED = 20  # in a row: then something is wrong that waiting does not men
 
 class TrainingError(RuntimeError):
     """Meta-training cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class PresetOptimizer:
+    """Makes the learned optimizer of a preset; equal ones share compiled inner loops."""
+
+    preset: str = "base"
+
+    def __call__(self, geometry: Geometry, theta: Weights) -> SubspaceOptimizer:
+        """Return the optimizer with the meta-parameters ``theta``."""
+        return SubspaceOptimizer(geometry, theta, self.preset)
 
 
 @dataclass(frozen=True)
@@ -144,12 +156,11 @@ class Trainer:
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
-        make = _optimizer_of(settings.preset)
+        make = PresetOptimizer(settings.preset)
         self.streams = [
-            _Stream(
-                stream, InnerLoop(stream.families[0].problem, make, interval=settings.segment, compiled=stream.compiled)
-            )
-            for stream in settings.streams
+            # Segments are short: all residuals of one fit, and nothing is run twice.
+            _Stream(s, InnerLoop(s.families[0].problem, make, interval=settings.segment, compiled=s.compiled))
+            for s in settings.streams
         ]
 
     def _restart(self, stream: _Stream) -> None:
@@ -314,15 +325,3 @@ def _describe(family: TaskFamily) -> str:
     """Return a description of a family that does not hold addresses of functions."""
     fields = {name: getattr(value, "__name__", value) for name, value in vars(family).items()}
     return f"{type(family).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
-
-
-def _optimizer_of(preset: str) -> Callable[..., SubspaceOptimizer]:
-    return _base_optimizer if preset == "base" else _paper_optimizer
-
-
-def _base_optimizer(geometry: Any, theta: Weights) -> SubspaceOptimizer:
-    return SubspaceOptimizer(geometry, theta, "base")
-
-
-def _paper_optimizer(geometry: Any, theta: Weights) -> SubspaceOptimizer:
-    return SubspaceOptimizer(geometry, theta, "paper")
