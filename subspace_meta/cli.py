@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -365,18 +365,42 @@ def bench_geometry_command(
     if as_json:
         typer.echo(json.dumps({"environment": environment(), "records": records}))
         return
-    table = Table(title="CPU seconds of one step, one thread, least of several")
-    for column, justify in (("what", "left"), ("s", "right"), ("peer", "left"), ("s", "right"), ("ratio", "right")):
-        table.add_column(column, justify="right" if justify == "right" else "left")
-    for record in records:
-        theirs, ratio = record["peer_seconds"], record["ratio"]
-        table.add_row(
-            record["what"],
-            f"{record['seconds']:.4f}",
-            record["peer"],
-            "not installed" if theirs is None else f"{theirs:.4f}",
-            "" if ratio is None else f"{ratio:.3f}",
-        )
+    rows = [(r["what"], f"{r['seconds']:.4f}", r["peer"], r["peer_seconds"], ".4f", r["ratio"]) for r in records]
+    _print_comparison("CPU seconds of one step, one thread, least of several", "s", rows)
+
+
+@bench.command("meta")
+def bench_meta_command(
+    rounds: Annotated[int, typer.Option(help="Rounds; the least time counts.", min=1)] = 10,
+    block: Annotated[int, typer.Option(help="Steps in one compiled block.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Meta-gradients: speed against JAX and TorchOpt, seconds to compile, memory of 1,000 steps. About ten minutes."""
+    from subspace_meta.benchmarks.meta import bench_meta
+
+    try:
+        records = bench_meta(rounds, block)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps({"environment": environment(), "records": records}))
+        return
+    rows = [
+        (r["what"], f"{r['ours']:,.4g}", r.get("peer", ""), r.get("theirs"), ",.4g", r.get("ratio")) for r in records
+    ]
+    _print_comparison("meta-gradients through unrolled inner loops; one thread, compilation on all cores", "", rows)
+
+
+def _print_comparison(
+    title: str, unit: str, rows: Sequence[tuple[str, str, str, float | None, str, float | None]]
+) -> None:
+    """Print rows of (what, ours, peer, theirs, format, ratio)."""
+    table = Table(title=title)
+    for column in ("what", f"ours {unit}", "peer", f"theirs {unit}", "ratio"):
+        table.add_column(column.strip(), justify="left" if column in ("what", "peer") else "right")
+    for what, ours, peer, theirs, form, ratio in rows:
+        shown = "" if not peer else "not installed" if theirs is None else format(theirs, form)
+        table.add_row(what, ours, peer, shown, "" if ratio is None else f"{ratio:.3f}")
     Console().print(table)
 
 

@@ -12,6 +12,7 @@ Measured on one core of a CPU with 16 floats in a register:
 from __future__ import annotations
 
 import itertools
+import logging
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -53,14 +54,18 @@ def rewrite(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
+class _WithoutFallbackNotes(logging.Filter):
+    """Drop the compiler's remark that factorisations are called through a slower door; nobody can act on it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "missing a c-shim implementation" not in record.getMessage()
+
+
 def _options() -> dict[str, Any]:
-    # The wrapper around the kernels is Python: on small matrices its checks of what the compiler itself allocated take
-    # a tenth of the time.
-    options: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "cpp_wrapper": True}
     try:
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-    except ImportError:  # an older torch: no rewriting, the same results
-        return {"size_asserts": False}
+    except ImportError:  # an older torch: slower, the same results
+        return {}
 
     class Rewrite(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
@@ -70,7 +75,21 @@ def _options() -> dict[str, Any]:
             """Identify this code to the compiler's cache."""
             return get_hash_for_files((__file__,))
 
-    return options | {"post_grad_custom_post_pass": Rewrite()}
+    logging.getLogger("torch._inductor.ir").addFilter(_NOTES)
+    return {
+        "post_grad_custom_post_pass": Rewrite(),
+        # On small matrices a wrapper in Python takes as long as the kernels that it calls.
+        "cpp_wrapper": True,
+        # Checks of what the compiler itself allocated.
+        "size_asserts": False,
+        "alignment_asserts": False,
+        # A trial of the vector instructions in three more compilations and processes, 8 s; the processor's own flags
+        # have been looked at before.
+        "cpp.vec_isa_ok": True,
+    }
+
+
+_NOTES = _WithoutFallbackNotes()
 
 
 def compile_block(function: Block) -> Block:

@@ -29,7 +29,8 @@ from torch.utils import _pytree as pytree
 from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import CheckpointError, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
-from subspace_meta.meta.unroll import Carry, InnerLoop, pull_back, run
+from subspace_meta.meta.isolation import segment_gradient
+from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
 from subspace_meta.tasks.base import Data, TaskFamily
 
@@ -142,7 +143,8 @@ class Trainer:
         settings: the run's settings.
         theta: the meta-parameters.
         outer_step: updates attempted so far.
-        skipped: updates that were skipped because the meta-gradient was not finite.
+        skipped: updates that were skipped because no task of the segment was finite.
+        spoiled_tasks: tasks that were left out of their segment's meta-gradient because they were not finite.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
@@ -156,6 +158,7 @@ class Trainer:
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.spoiled_tasks = 0
         make = PresetOptimizer(settings.preset)
         self.streams = [
             # Segments are short: all residuals of one fit, and nothing is run twice.
@@ -191,20 +194,26 @@ class Trainer:
         family = stream.settings.families[stream.family]
         measured = family.measured(stream.data)
         batches = family.sample(stream.data, self.generator, self.settings.segment)
-        trace = run(stream.loop, self.theta, stream.carry, batches, measured)
-        objectives = trace.objectives.detach().requires_grad_()
-        loss = relative_log_loss(objectives, stream.initial, stream.data["reference"]).mean()
-        (cotangents,) = torch.autograd.grad(loss, objectives)
-        gradient = pull_back(stream.loop, self.theta, trace, batches, measured, cotangents).theta
-        norm = torch.stack([g.square().sum() for g in gradient.values()]).sum().sqrt()
-        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        initial, reference = stream.initial, stream.data["reference"]
+
+        def outer_loss(objectives: Tensor) -> Tensor:
+            return relative_log_loss(objectives, initial, reference).mean(dim=0)
+
+        found = segment_gradient(stream.loop, self.theta, stream.carry, batches, measured, outer_loss)
+        norm = torch.stack([g.square().sum() for g in found.theta.values()]).sum().sqrt()
+        finite = bool(torch.isfinite(norm))
+        self.spoiled_tasks += int(found.spoiled.sum())
         stream.age += self.settings.segment
         if finite:
             self.skipped_in_a_row = 0
-            stream.carry = trace.carry
-            self._descend(gradient, norm)
+            stream.carry = found.carry
+            if bool(found.spoiled.any()):
+                # From here on the copies stand for the spoiled tasks, with all that belongs to them.
+                stream.data = {name: value[found.source] for name, value in stream.data.items()}
+                stream.initial = initial[found.source]
+            self._descend(found.theta, norm)
         else:
-            # Never silently zeroed: the update is skipped and counted, and the stream starts over.
+            # No task is left. Never silently zeroed: the update is skipped and counted, and the stream starts over.
             self.skipped += 1
             self.skipped_in_a_row += 1
             stream.carry = None
@@ -218,13 +227,12 @@ class Trainer:
             "family": family.name,
             "inner_step": stream.age,
             "horizon": stream.horizon,
-            "outer_loss": float(loss.detach()),
-            "final_log_excess": float(
-                relative_log_loss(trace.objectives[-1], stream.initial, stream.data["reference"]).mean()
-            ),
+            "outer_loss": float(found.loss),
+            "final_log_excess": float(outer_loss(found.objectives[-1:])[~found.spoiled].mean()),
             "gradient_norm": float(norm),
             "learning_rate": self.settings.learning_rate(self.outer_step),
             "skipped": self.skipped,
+            "spoiled_tasks": self.spoiled_tasks,
             "seconds": time.perf_counter() - began,
         }
         self.outer_step += 1
@@ -266,6 +274,7 @@ class Trainer:
             "updates": self.updates,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "spoiled_tasks": self.spoiled_tasks,
             "streams": streams,
         }
         save_tensors(path, "training checkpoint", tensors, content)
@@ -293,7 +302,7 @@ class Trainer:
             restored = [tensors[f"stream{i}/{j}"] for j in range(len(leaves))]
             stream.carry, stream.data, stream.initial = pytree.tree_unflatten(restored, structure)
             stream.family, stream.horizon, stream.age = saved["family"], saved["horizon"], saved["age"]
-        for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row"):
+        for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
 

@@ -146,3 +146,33 @@ def meta_gradient(unroll: int) -> Callable[..., Any]:
         return jnp.log(excess + 1e-6).mean()
 
     return jax.jit(jax.grad(outer))
+
+
+def caller(setting: Any, unroll: int) -> Callable[[], dict[str, Any]]:
+    """Return a function that computes the meta-gradient of a ``benchmarks.meta.Setting``, as torch tensors."""
+    import numpy
+    import torch
+
+    def to_jax(value: Any) -> Any:
+        return jnp.asarray(value.numpy())
+
+    function = meta_gradient(unroll)
+    arguments = (
+        {name: to_jax(value) for name, value in setting.theta.items()},
+        *map(
+            to_jax,
+            (
+                setting.params["x"],
+                setting.batches["z"],
+                setting.data["covariance"],
+                setting.reference,
+                setting.initial,
+            ),
+        ),
+    )
+
+    def call() -> dict[str, Any]:
+        found = jax.block_until_ready(function(*arguments))
+        return {name: torch.from_numpy(numpy.array(value)) for name, value in found.items()}
+
+    return call

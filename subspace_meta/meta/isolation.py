@@ -1,0 +1,97 @@
+"""One segment's meta-gradient, from which tasks that are not finite are left out.
+
+Tasks run side by side and share the meta-parameters, so one NaN among them would spoil the sum; and a cotangent of zero
+does not help, since zero times NaN is NaN. Where a task is spoiled, going forward or back, the segment is run again
+with that task replaced by a copy of a good one that counts for nothing. That costs a second run, and only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subspace_meta.adapter.network import Weights
+from subspace_meta.meta.unroll import Carry, InnerLoop, Trace, pull_back, run
+from subspace_meta.tasks.base import Batch, Data
+
+
+class SegmentGradient(NamedTuple):
+    """What one segment gives.
+
+    Attributes:
+        theta: the gradient of the mean loss over the tasks that are not spoiled.
+        carry: after the segment; finite, unless all tasks are spoiled.
+        objectives: ``(steps, tasks)``; those of spoiled tasks belong to the copies that replaced them.
+        loss: the mean loss over the tasks that are not spoiled; NaN if all are.
+        spoiled: ``(tasks,)``, which tasks were left out.
+        source: ``(tasks,)``, the index of the task that runs at each place: its own, or that of the copied one.
+    """
+
+    theta: Weights
+    carry: Carry
+    objectives: Tensor
+    loss: Tensor
+    spoiled: Tensor
+    source: Tensor
+
+
+def segment_gradient(
+    loop: InnerLoop,
+    theta: Weights,
+    carry: Carry,
+    batches: Batch,
+    data: Data,
+    outer_loss: Callable[[Tensor], Tensor],
+) -> SegmentGradient:
+    """Run a segment and return the gradient of its mean outer loss.
+
+    Args:
+        loop, theta, carry, batches, data: as in :func:`~subspace_meta.meta.unroll.run`.
+        outer_loss: from objectives ``(steps, tasks)`` to one loss a task ``(tasks,)``.
+    """
+    tasks = next(iter(carry.params.values())).shape[0]
+    own = torch.arange(tasks)
+    spoiled = torch.zeros(tasks, dtype=torch.bool)
+    source = own
+    while True:
+        start, window, measured = carry, batches, data
+        if spoiled.any():
+            source = torch.where(spoiled, own[~spoiled][0], own)
+            start = Carry({name: value[source] for name, value in carry.params.items()}, carry.state)
+            window = {name: value[:, source] for name, value in batches.items()}
+            measured = {name: value[source] for name, value in data.items()}
+        trace = run(loop, theta, start, window, measured)
+        objectives = trace.objectives.detach().requires_grad_()
+        losses = outer_loss(objectives)
+        good = torch.isfinite(losses.detach()) & torch.isfinite(trace.objectives).all(dim=0)
+        good &= _finite(trace.carry.params)
+        if bool((good | spoiled).all()):
+            loss = torch.where(spoiled, 0.0, losses).sum() / (~spoiled).sum()
+            (cotangents,) = torch.autograd.grad(loss, objectives)
+            cotangents = torch.where(spoiled, 0.0, cotangents)
+            gradient = pull_back(loop, theta, trace, window, measured, cotangents)
+            # A task that is spoiled on the way back shows in its own derivative to the start.
+            good &= _finite(gradient.carry.params)
+            if bool((good | spoiled).all()):
+                return SegmentGradient(gradient.theta, trace.carry, trace.objectives, loss.detach(), spoiled, source)
+        if bool(spoiled.any()) and not bool(good[spoiled].all()):
+            break  # a copy of a good task is spoiled, too: something else is wrong
+        spoiled = spoiled | ~good
+        if bool(spoiled.all()):
+            break
+    return _lost(theta, trace, own)
+
+
+def _finite(tree: dict[str, Tensor]) -> Tensor:
+    """Return for each task whether all its numbers are finite."""
+    return torch.stack([torch.isfinite(value).flatten(1).all(dim=1) for value in tree.values()]).all(dim=0)
+
+
+def _lost(theta: Weights, trace: Trace, own: Tensor) -> SegmentGradient:
+    """Return the result where no task is left."""
+    nothing = {name: torch.full_like(value, torch.nan) for name, value in theta.items()}
+    everything = torch.ones_like(own, dtype=torch.bool)
+    return SegmentGradient(nothing, trace.carry, trace.objectives, torch.tensor(torch.nan), everything, own)
