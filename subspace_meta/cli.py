@@ -44,6 +44,7 @@ from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
+from subspace_meta.meta.cost import available_bytes
 from subspace_meta.meta.trainer import Trainer, TrainingError
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
 from subspace_meta.presets import RUN_PRESETS, RunPreset
@@ -173,6 +174,9 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it will cost in memory and work; train nothing.")
+    ] = False,
 ) -> None:
     """Meta-train an optimizer, then compare it with tuned baselines; writes runs/NAME/."""
     torch.set_num_threads(threads)
@@ -208,6 +212,9 @@ def train(
         streams=tuple(dataclasses.replace(s, compiled=s.compiled and not eager) for s in chosen.train.streams),
     )
     trainer = Trainer(settings)
+    if dry_run:
+        _print_costs(trainer, as_json)
+        return
     records: list[dict[str, Any]] = []
     if resume:
         trainer.load(folder / CHECKPOINT)
@@ -242,6 +249,29 @@ def train(
     console.print(
         f"wrote {folder}/weights.safetensors, report.md, curves.png, training.png, metrics.jsonl, config.json"
     )
+
+
+def _print_costs(trainer: Trainer, as_json: bool) -> None:
+    """Print the predicted memory and work of each stream; warn where memory does not suffice."""
+    costs = trainer.costs()
+    free = available_bytes()
+    if as_json:
+        streams = {name: {**dataclasses.asdict(c), "peak_bytes": c.peak_bytes} for name, c in costs.items()}
+        typer.echo(json.dumps({"available_bytes": free, "streams": streams}))
+    else:
+        table = Table(title="predicted cost of one outer step, by stream")
+        for column in ("stream", "tasks", "steps", "carry MB", "residuals MB a step", "peak MB", "Mflop a task-step"):
+            table.add_column(column, justify="left" if column == "stream" else "right")
+        for name, c in costs.items():
+            megabytes = [f"{value / 1e6:,.2f}" for value in (c.carry_bytes, c.residual_bytes, c.peak_bytes)]
+            table.add_row(name, str(c.tasks), str(c.steps), *megabytes, f"{c.flops / 1e6:,.2f}")
+        Console().print(table)
+    worst = max(costs, key=lambda name: costs[name].peak_bytes)
+    if free is not None and costs[worst].peak_bytes > free:
+        console.print(
+            f"warning: {worst!r} needs {costs[worst].peak_bytes / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free; take "
+            "fewer tasks, a shorter segment, or a checkpoint interval"
+        )
 
 
 def _config_to_resume(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import CheckpointError, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
+from subspace_meta.meta.cost import Cost, predict
 from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
@@ -250,6 +251,19 @@ class Trainer:
             first = self.first_moment[name] / (1 - 0.9**self.updates)
             second = self.second_moment[name] / (1 - 0.99**self.updates)
             self.theta[name] = self.theta[name] - lr * first / (second.sqrt() + 1e-8)
+
+    def costs(self) -> dict[str, Cost]:
+        """Predict the cost of one outer step of each stream, by the name of its first family; changes nothing."""
+        costs = {}
+        for i, stream in enumerate(self.streams):
+            family, generator = stream.settings.families[0], torch.Generator().manual_seed(0)
+            data = family.draw(generator, stream.settings.tasks)
+            carry = stream.loop.start(self.theta, family.init(data, generator))
+            batch = family.sample(data, generator, 1)
+            costs[f"{i}: {family.name}"] = predict(
+                stream.loop, self.theta, carry, batch, family.measured(data), self.settings.segment
+            )
+        return costs
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Take the outer steps that are left, yielding the figures of each."""

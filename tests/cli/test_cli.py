@@ -63,6 +63,26 @@ def test_evaluation_repeats_the_table(finished: tuple[Path, subprocess.Completed
         assert figures["log_excess"] == second[method]["log_excess"]
 
 
+def test_a_dry_run_prints_costs_and_writes_nothing(tmp_path: Path) -> None:
+    done = run("train", "--preset", "smoke", "--dry-run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (stream,) = json.loads(done.stdout)["streams"].values()
+    assert (stream["tasks"], stream["steps"]) == (4, 5)
+    assert stream["peak_bytes"] == stream["carry_bytes"] + 5 * stream["residual_bytes"] + stream["batch_bytes"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_does_not_fit_is_warned_about(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(sys, "argv", ["subspace-meta", "train", "--preset", "smoke", "--dry-run"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert "needs 0.0 GB, 0.0 GB are free; take fewer tasks" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_second_run_of_the_same_name_is_refused(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = finished
     before = (folder / "runs/one/config.json").read_bytes()
