@@ -37,6 +37,7 @@ CANONICAL = "subspace_meta/manifolds/stiefel_canonical.py"
 STATISTICS = "subspace_meta/adapter/statistics.py"
 BASE = "subspace_meta/adapter/base.py"
 SUBSPACE = "subspace_meta/optimizers/subspace.py"
+ESTIMATORS = "subspace_meta/meta/estimators.py"
 KERNELS = "kernels/subspace_kernels/reference.py"
 # One line per mutant reads as a table.
 # fmt: off
@@ -69,6 +70,8 @@ MUTANTS = (
     Mutant("descent_direction", SUBSPACE, "gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]", "gradients = list(gradients)"),
     Mutant("sufficient_decrease", SUBSPACE, "moved = retract_all(self.geometry, points, tangents)", "moved = retract_all(self.geometry, points, [3.0 * v for v in tangents])"),
     Mutant("ambient_counter_example", CANONICAL, "return _scale_span(x, v, math.sqrt(0.5))", "return v"),
+    Mutant("neumann_truncation", ESTIMATORS, "total = {name: value + to_theta[name] for name, value in total.items()}", "total = {name: to_theta[name] for name in total}"),
+    Mutant("pes_unbiased", ESTIMATORS, "accumulated = {name: carry.weights[name] + value for name, value in noise.items()}", "accumulated = noise"),
     Mutant("segment_recomputation", "subspace_meta/meta/unroll.py", "        cotangent = pytree.tree_unflatten(list(found[len(names) :]), structure)", "        cotangent = pytree.tree_map(torch.zeros_like, trace.carry)"),
     Mutant("segment_recomputation_memory", "subspace_meta/meta/unroll.py", "return self.interval or self.block * math.ceil(math.sqrt(steps / self.block))", "return steps"),
     Mutant("retraction_orders", RETRACTIONS, "torch.addcmul(x @ (2.0 * identity - a), scale, v)", "torch.addcmul(x @ (2.0 * identity - a), scale, v) + 0.1 * (v - x @ a) @ a"),

@@ -45,6 +45,7 @@ from subspace_meta.manifolds.checks import check_retraction_order, draw, gap, sl
 from subspace_meta.manifolds.matrix_functions import symmetric_square_root
 from subspace_meta.manifolds.retractions import newton_schulz_step, positive_qr
 from subspace_meta.manifolds.stiefel import nearest_orthonormal, stiefel_projection
+from subspace_meta.meta.estimators import EvolutionStrategies, ImplicitDifferentiation, PersistentES, Segment
 from subspace_meta.meta.unroll import InnerLoop, pull_back, run
 from subspace_meta.reference import reference_step
 from subspace_meta.tasks import Problem
@@ -793,49 +794,84 @@ def test_ambient_counter_example(angle, shape, seed):
 # Meta-gradients
 
 
+@dataclass(frozen=True, eq=False)
+class Scripted:
+    """An optimizer whose step is any function ``(theta, params, state) -> (params, state)``."""
+
+    geometry: sm.Geometry
+    theta: dict[str, Tensor]
+    step: Callable[..., Any]
+    begin: Any
+
+    def init(self, params: dict[str, Tensor]) -> Any:
+        return self.begin
+
+    def update(self, grads: Any, state: Any, params: dict[str, Tensor], value: Any = None) -> Any:
+        return self.step(self.theta, params, state)
+
+
+def scripted_loop(params: dict[str, Tensor], step: Callable[..., Any], objective: Any, begin: Any = ()) -> InnerLoop:
+    """An eager inner loop of such an optimizer on Euclidean parameters; the loss is of no effect."""
+    problem = Problem(sm.Geometry.from_rules(params), lambda p, batch: sum(x.sum() for x in p.values()), objective)
+    return InnerLoop(problem, lambda geometry, theta: Scripted(geometry, theta, step, begin), compiled=False)
+
+
 @given(n=st.integers(2, 6), seed=seeds)
 def test_neumann_truncation(n, seed):
-    """No code has this yet: one step of a preconditioned descent on |x|_H^2 / 2 - x^T B theta, whose end is known."""
+    """One step of a preconditioned descent on |x|_H^2 / 2 - x^T B theta, whose end is known."""
     h, b, theta = definite(n, seed), normal(n, 3, seed=seed + 1), normal(3, seed=seed + 2)
     inverse = torch.linalg.inv(h)
     noise = normal(n, n, seed=seed + 3)
     preconditioner = (torch.eye(n, dtype=torch.float64) + 0.2 * noise / noise.norm()) @ (0.7 * inverse)
-
-    def step(x: Tensor, theta: Tensor) -> Tensor:
-        return x - preconditioner @ (h @ x - b @ theta)
-
-    fixed = inverse @ b @ theta
-    close(step(fixed, theta), fixed)
-    target = fixed - normal(n, seed=seed + 4)  # gradient of the outer loss |x - target|^2 / 2
-    _, adjoint = torch.func.vjp(step, fixed, theta)
-    matrix = torch.func.jacrev(step)(fixed, theta)
+    matrix = torch.eye(n, dtype=torch.float64) - preconditioner @ h
     norm = float(torch.linalg.matrix_norm(matrix, 2))
     assert norm < 1.0
+    fixed = inverse @ b @ theta
+    target = fixed - normal(n, seed=seed + 4)
+
+    def descend(theta: dict[str, Tensor], params: dict[str, Tensor], state: Any) -> tuple[dict[str, Tensor], Any]:
+        return {"x": params["x"] - (params["x"] @ h.mT - b @ theta["t"]) @ preconditioner.mT}, state
+
+    def objective(params: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+        return 0.5 * (params["x"] - target).square().sum()
+
+    loop = scripted_loop({"x": torch.empty(n)}, descend, objective)
+    weights = {"t": theta}
+    segment = Segment({"z": torch.zeros(1, 1, 1)}, {"none": torch.zeros(1)}, lambda objectives: objectives[-1])
+    carry = loop.start(weights, {"x": fixed[None]})
     exact = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - matrix.mT, fixed - target)
-    term, total, errors = fixed - target, torch.zeros(n, dtype=torch.float64), []
-    for k in range(80):
-        missed = exact - total
-        close(missed, torch.linalg.matrix_power(matrix.mT, k) @ exact, 1e-10)
-        assert float(missed.norm()) <= norm**k * float(exact.norm()) + 1e-11
-        errors.append(float(missed.norm()))
-        total, term = total + term, adjoint(term)[0]
-    for last, now in itertools.pairwise(errors[:13]):
-        assert now <= norm * last + 1e-11
-    close(adjoint(total)[1], b.mT @ inverse @ (fixed - target), 1e-10)
+    whole = b.mT @ preconditioner.mT @ exact
+    close(whole, b.mT @ inverse @ (fixed - target), 1e-10)
+    for terms in (1, 2, 5, 12, 80):
+        found = ImplicitDifferentiation(loop, terms)(weights, segment, carry, torch.Generator()).gradient["t"]
+        left_out = torch.linalg.matrix_power(matrix.mT, terms) @ exact
+        close(whole - found, b.mT @ preconditioner.mT @ left_out, 1e-10)
+        assert float(left_out.norm()) <= norm**terms * float(exact.norm()) + 1e-11
 
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
 @settings(max_examples=2)
 @given(seed=seeds)
 def test_pes_unbiased(sigma, seed):
-    """No code has this yet: two segments with polynomial losses, whose smoothed gradient is known."""
-    pairs = 10**6
+    """Two segments with polynomial losses, whose smoothed gradient is known."""
+    pairs, repeats = 10_000, 30
     theta = torch.tensor([0.7, -0.4], dtype=torch.float64)
     a, b, c = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, -1.0], [1.5, 0.5], [0.3, -0.2]))
 
-    def losses(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-        first = one.square().sum(-1) + one[..., 0] ** 3
-        return first, (one @ a).square() * (two @ b) + two @ c
+    def record(
+        theta: dict[str, Tensor], params: dict[str, Tensor], state: tuple[Tensor, Tensor]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Make the loss of each segment the parameter; the first segment's theta is the state."""
+        step, one = state
+        two = theta["t"]
+        first = two.square().sum() + two[0] ** 3
+        last = (one @ a).square() * (two @ b) + two @ c
+        value = torch.where(step == 0, first, last).expand(params["value"].shape)
+        return {"value": value}, (step + 1, torch.where(step == 0, two, one))
+
+    start = (torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    loop = scripted_loop({"value": torch.empty(1)}, record, lambda params, data: params["value"].sum(), start)
+    segment = Segment({"z": torch.zeros(1, 1, 1)}, {"none": torch.zeros(1)}, lambda objectives: objectives[-1])
 
     variance = sigma**2
     unit_0 = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -843,17 +879,26 @@ def test_pes_unbiased(sigma, seed):
     last = ((theta @ a) ** 2 + variance * a.square().sum()) * b + c  # by the second perturbation alone
     smoothed = first + last + 2 * (theta @ a) * (theta @ b) * a
 
-    noise = sigma * normal(2, pairs, 2, seed=seed)
-    plus, minus = losses(theta + noise[0], theta + noise[1]), losses(theta - noise[0], theta - noise[1])
-    odd = [0.5 * (p - m)[:, None] / variance for p, m in zip(plus, minus, strict=True)]
+    def sample(estimator: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for _ in range(repeats):
+            carry = estimator.start({"t": theta}, {"value": torch.zeros(1, 1, dtype=torch.float64)}, generator)
+            total = torch.zeros(2, dtype=torch.float64)
+            for _ in range(2):
+                estimate = estimator({"t": theta}, segment, carry, generator)
+                total, carry = total + estimate.gradient["t"], estimate.carry
+            found.append(total)
+        return torch.stack(found)
 
     def deviation(sample: Tensor, expected: Tensor) -> Tensor:
-        return (sample.mean(0) - expected).abs() / (sample.std(0) / pairs**0.5)
+        return (sample.mean(0) - expected).abs() / (sample.std(0) / repeats**0.5)
 
-    assert (deviation(noise[0] * odd[0] + noise.sum(0) * odd[1], smoothed) < 4.0).all()
-    segments = noise[0] * odd[0] + noise[1] * odd[1]
+    assert (deviation(sample(PersistentES(loop, sigma, pairs)), smoothed) < 4.0).all()
+    segments = sample(EvolutionStrategies(loop, sigma, pairs))
     assert (deviation(segments, smoothed) > 10.0).all()
-    assert (deviation(segments, first + last) < 4.0).all()
+    # With the first segment's theta a constant, nothing but the two parts that each segment sees is left.
+    close(first + (theta @ a) ** 2 * b + c, segments.mean(0), 5 * float((segments.std(0) / repeats**0.5).max()))
 
 
 def pca_problem(d: int, p: int, after_step: Callable[[], None]) -> Problem:
