@@ -9,6 +9,7 @@ long horizon with and without recomputation. The peers are in ``tests/benchmarks
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -223,20 +224,22 @@ def perceptron(rounds: int) -> dict[str, Any]:
 _CHILD = """
 import sys, time, json, torch
 from subspace_meta.benchmarks.meta import pca_setting
-setting = pca_setting(16, 64, 8, int(sys.argv[1]), int(sys.argv[2]), interval=20)
-times = []
-for _ in range(2):
-    began = time.perf_counter()
-    setting.meta_gradient()
-    times.append(time.perf_counter() - began)
-print(json.dumps(times))
+steps, block = map(int, sys.argv[1:])
+setting = pca_setting(16, 64, 8, steps, block, interval=20 * block)
+first = setting._replace(batches={name: value[:block] for name, value in setting.batches.items()})
+began = time.perf_counter()
+first.meta_gradient()
+seconds = time.perf_counter() - began
+setting.meta_gradient()
+print(json.dumps([seconds, torch._dynamo.utils.counters["stats"]["unique_graphs"]]))
 """
 
 
 def compilation(block: int) -> list[dict[str, Any]]:
-    """Measure the wall seconds that the first meta-gradient takes longer than the second, cold and warm, all cores.
+    """Measure the wall seconds until the first compiled block has run forward and back, cold and warm, all cores.
 
-    Each in its own process; cold with an empty cache, warm with the cache that the cold one left.
+    Each in its own process; cold with an empty cache, warm with the cache that the cold one left. All steps of the
+    horizon follow, and the graphs that were compiled are counted: one.
     """
     records = []
     for steps in HORIZONS:
@@ -245,8 +248,9 @@ def compilation(block: int) -> list[dict[str, Any]]:
             for state in ("cold", "warm"):
                 command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(steps), str(block)]
                 output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-                first, second = json.loads(output.splitlines()[-1])
-                records.append({"what": f"16 x (64,8), {steps} steps: {state} compilation, s", "ours": first - second})
+                seconds, graphs = json.loads(output.splitlines()[-1])
+                what = f"16 x (64,8), {steps} steps: {state} compilation, s"
+                records.append({"what": what, "ours": seconds, "graphs": graphs})
     return records
 
 
@@ -266,6 +270,7 @@ def live_bytes() -> int:
 
 def peak_live_bytes(function: Callable[[], object]) -> int:
     """Return how far the live bytes rise above where they were, sampled every millisecond."""
+    gc.collect()
     before, peak, done = live_bytes(), 0, threading.Event()
 
     def sample() -> None:

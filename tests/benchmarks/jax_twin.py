@@ -1,14 +1,18 @@
 """The same meta-gradient in JAX: preset ``base`` on PCA over Stiefel, ``jit(vmap(scan))``.
 
-Written from the formulas for one matrix, as a JAX user would: no packing, no layout. ``meta/test_jax_twin.py`` shows
+Written from the formulas for one matrix, as a JAX user would: no packing, no layout. ``tests/meta/test_twins.py`` shows
 that both compute the same gradient; ``subspace-meta bench meta`` compares their speed.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
+
+# One thread, as for every contestant; a pool would add its own seconds.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
 import jax
 import jax.numpy as jnp
