@@ -172,10 +172,10 @@ def test_compiled_equals_eager_with_one_compilation_each_way() -> None:
         torch._dynamo.utils.counters.clear()
         trace = run(loop, theta, loop.start(theta, params), batches, data)
         gradient = pull_back(loop, theta, trace, batches, data, COTANGENTS.float()).theta
-        # Another horizon, other data: nothing is compiled again.
-        again = {"z": batches["z"][: STEPS // 2] + 1}
-        trace2 = run(loop, theta, trace.carry, again, data)
-        pull_back(loop, theta, trace2, again, data, COTANGENTS.float()[: STEPS // 2])
+        # Another horizon, other data, other meta-parameters (learning rates among them): nothing is compiled again.
+        again, moved = {"z": batches["z"][: STEPS // 2] + 1}, {name: 1.1 * value for name, value in theta.items()}
+        trace2 = run(loop, moved, trace.carry, again, data)
+        pull_back(loop, moved, trace2, again, data, COTANGENTS.float()[: STEPS // 2])
         figures[compiled] = (gradient, trace.objectives, torch._dynamo.utils.counters["stats"]["unique_graphs"])
     # One graph, which is compiled forward and backward.
     assert figures[True][2] == 1
