@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from subspace_meta.adapter.network import Weights
 from subspace_meta.meta.unroll import InnerLoop, Trace, pull_back, run
@@ -64,6 +63,9 @@ def predict(loop: InnerLoop, theta: Weights, carry: Any, batch: Batch, data: Dat
         batch: one mini-batch for each task, leading dimensions ``(1, tasks)``.
         steps: of the inner loop.
     """
+    # Imports triton, where that is installed; importing this package should not.
+    from torch.utils.flop_counter import FlopCounterMode
+
     once = replace(loop, compiled=False, block=1, interval=1)
     created = _Created()
     with FlopCounterMode(display=False) as forward, created:
