@@ -33,7 +33,7 @@ from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.meta.compiling import compile_block
 from subspace_meta.meta.isolation import segment_gradient
-from subspace_meta.meta.unroll import Carry, InnerLoop, block_of
+from subspace_meta.meta.unroll import Carry, InnerLoop, block_of, steps_of
 from subspace_meta.tasks.base import Batch, Data
 
 _Block = Callable[[Weights, Carry, Batch, Data], tuple[Carry, Tensor]]
@@ -85,7 +85,7 @@ class Estimator(abc.ABC):
         return self.loop.start(theta, params)
 
     @abc.abstractmethod
-    def __call__(self, theta: Weights, tasks: Segment, carry: Any, generator: torch.Generator) -> Estimate:
+    def __call__(self, theta: Weights, segment: Segment, carry: Any, generator: torch.Generator) -> Estimate:
         """Estimate the meta-gradient of one segment.
 
         Raises:
@@ -103,10 +103,10 @@ class Backpropagation(Estimator):
     With ``loop.first_order`` inner gradients are constants as well.
     """
 
-    def __call__(self, theta: Weights, tasks: Segment, carry: Carry, generator: torch.Generator) -> Estimate:
+    def __call__(self, theta: Weights, segment: Segment, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
-        outer_loss = functools.partial(_losses, tasks)
-        found = segment_gradient(self.loop, theta, carry, tasks.batches, tasks.data, outer_loss)
+        outer_loss = functools.partial(_losses, segment)
+        found = segment_gradient(self.loop, theta, carry, segment.batches, segment.data, outer_loss)
         metrics = {"loss": float(found.loss), "non_finite_tasks": float(found.spoiled.sum())}
         return Estimate(found.theta, found.carry, metrics)
 
@@ -134,9 +134,9 @@ class _Evolution(Estimator):
         draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64, device=generator.device)
         return {name: self.sigma * draw((self.pairs, *value.shape)).to(value) for name, value in theta.items()}
 
-    def _go_on(self, theta: Weights, tasks: Segment, particles: Carry, noise: Weights, weights: Weights) -> Estimate:
+    def _go_on(self, theta: Weights, segment: Segment, particles: Carry, noise: Weights, weights: Weights) -> Estimate:
         """Run each particle on from its own state, perturbed by ``noise``; weight the loss differences."""
-        after, losses = _run_particles(self.loop, _both(theta, noise), particles, tasks)
+        after, losses = _run_particles(self.loop, _both(theta, noise), particles, segment)
         metrics = _metrics(losses, losses[losses.isfinite()])
         return Estimate(_correlate(weights, losses, self.sigma), Particles(after, weights), metrics)
 
@@ -150,12 +150,12 @@ class EvolutionStrategies(_Evolution):
     with the unperturbed theta: how later starts depend on theta is missed. The loss in the metrics is the unperturbed.
     """
 
-    def __call__(self, theta: Weights, tasks: Segment, carry: Carry, generator: torch.Generator) -> Estimate:
+    def __call__(self, theta: Weights, segment: Segment, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
         noise = self._draw(theta, generator)
         # The unperturbed theta is one more particle: it shares the compiled code and the launches.
         perturbed = {k: torch.cat([v, theta[k].detach()[None]]) for k, v in _both(theta, noise).items()}
-        after, losses = _run_particles(self.loop, perturbed, _spread(carry, 2 * self.pairs + 1), tasks)
+        after, losses = _run_particles(self.loop, perturbed, _spread(carry, 2 * self.pairs + 1), segment)
         metrics = _metrics(losses[:-1], losses[-1][losses[-1].isfinite()])
         carry = pytree.tree_map(lambda leaf: leaf[-1].clone(), after)
         return Estimate(_correlate(noise, losses[:-1], self.sigma), carry, metrics)
@@ -183,11 +183,11 @@ class PersistentES(_Evolution):
         zero = {name: value.detach().new_zeros(self.pairs, *value.shape) for name, value in theta.items()}
         return Particles(_spread(self.loop.start(theta, params), 2 * self.pairs), zero)
 
-    def __call__(self, theta: Weights, tasks: Segment, carry: Particles, generator: torch.Generator) -> Estimate:
+    def __call__(self, theta: Weights, segment: Segment, carry: Particles, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
         noise = self._draw(theta, generator)
         accumulated = {name: carry.weights[name] + value for name, value in noise.items()}
-        return self._go_on(theta, tasks, carry.carry, noise, accumulated)
+        return self._go_on(theta, segment, carry.carry, noise, accumulated)
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ class SinglePerturbationES(_Evolution):
         """Return all particles at the starting points, and their perturbations."""
         return Particles(_spread(self.loop.start(theta, params), 2 * self.pairs), self._draw(theta, generator))
 
-    def __call__(self, theta: Weights, tasks: Segment, carry: Particles, generator: torch.Generator) -> Estimate:
+    def __call__(self, theta: Weights, segment: Segment, carry: Particles, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
-        return self._go_on(theta, tasks, carry.carry, carry.weights, carry.weights)
+        return self._go_on(theta, segment, carry.carry, carry.weights, carry.weights)
 
 
 @dataclass(frozen=True)
@@ -238,18 +238,20 @@ class ImplicitDifferentiation(Estimator):
         if self.terms < 1:
             raise ValueError(f"the series needs at least one term, got {self.terms}")
 
-    def __call__(self, theta: Weights, tasks: Segment, carry: Carry, generator: torch.Generator) -> Estimate:
+    def __call__(self, theta: Weights, segment: Segment, carry: Carry, generator: torch.Generator) -> Estimate:
         """See :class:`Estimator`."""
         loop, theta = self.loop, {name: value.detach() for name, value in theta.items()}
-        (steps, count), single = _size(loop, tasks.batches), replace(loop, block=1)
-        earlier, last = ({name: b[part] for name, b in tasks.batches.items()} for part in (slice(steps - 1), steps - 1))
+        (steps, count), single = _size(loop, segment.batches), replace(loop, block=1)
+        earlier, last = (
+            {name: b[part] for name, b in segment.batches.items()} for part in (slice(steps - 1), steps - 1)
+        )
         with torch.no_grad():
-            carry, objectives = _advance(single, block_of(single, count), theta, carry, earlier, tasks.data)
+            carry, objectives = _advance(single, block_of(single, count), theta, carry, earlier, segment.data)
 
         def outer(params: Params) -> Tensor:
-            return _losses(tasks, loop.objective(params, tasks.data).expand(steps, count)).mean()
+            return _losses(segment, loop.objective(params, segment.data).expand(steps, count)).mean()
 
-        step = functools.partial(loop.step, batch=last, data=tasks.data)
+        step = functools.partial(loop.step, batch=last, data=segment.data)
         after, adjoint, values = cast(Any, torch.func.vjp)(step, theta, carry, has_aux=True)
         geometry = loop.problem.geometry.stacked(count)
         first = _tangent(geometry, after.params, torch.func.grad(outer)(after.params))
@@ -259,21 +261,18 @@ class ImplicitDifferentiation(Estimator):
             to_theta, back = adjoint(term)
             total = {name: value + to_theta[name] for name, value in total.items()}
             term = Carry(_tangent(geometry, after.params, _tangent(geometry, carry.params, back.params)), back.state)
-        losses = _losses(tasks, torch.cat([*objectives, values[None]]))
+        losses = _losses(segment, torch.cat([*objectives, values[None]]))
         return Estimate(total, after, _metrics(losses, losses))
 
 
 def _size(loop: InnerLoop, batches: Batch) -> tuple[int, int]:
     """Return how many steps and tasks there are."""
-    steps, tasks = next(iter(batches.values())).shape[:2]
-    if not steps or steps % loop.block:
-        raise ValueError(f"{steps} steps are not a multiple of the block length {loop.block}")
-    return steps, tasks
+    return steps_of(loop, batches), next(iter(batches.values())).shape[1]
 
 
-def _losses(tasks: Segment, objectives: Tensor) -> Tensor:
+def _losses(segment: Segment, objectives: Tensor) -> Tensor:
     """Return the outer loss of each task, ``(tasks,)``."""
-    losses = tasks.outer_loss(objectives)
+    losses = segment.outer_loss(objectives)
     expected, found = tuple(objectives.shape[1:]), tuple(losses.shape)
     if found != expected:
         raise ValueError(f"the outer loss must be one number for each task, of shape {expected}, got {found}")
@@ -326,11 +325,11 @@ def _advance(
 
 
 @torch.no_grad()
-def _run_particles(loop: InnerLoop, theta: Weights, carry: Carry, tasks: Segment) -> tuple[Carry, Tensor]:
+def _run_particles(loop: InnerLoop, theta: Weights, carry: Carry, segment: Segment) -> tuple[Carry, Tensor]:
     """Run all particles through the segment; return their carries and losses ``(particles, tasks)``."""
-    block = _particle_block(loop, _size(loop, tasks.batches)[1])
-    carry, objectives = _advance(loop, block, theta, carry, tasks.batches, tasks.data)
-    return carry, torch.func.vmap(functools.partial(_losses, tasks))(torch.cat(objectives, dim=1))
+    block = _particle_block(loop, _size(loop, segment.batches)[1])
+    carry, objectives = _advance(loop, block, theta, carry, segment.batches, segment.data)
+    return carry, torch.func.vmap(functools.partial(_losses, segment))(torch.cat(objectives, dim=1))
 
 
 def _correlate(weights: Weights, losses: Tensor, sigma: float) -> Weights:

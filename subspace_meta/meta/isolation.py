@@ -2,7 +2,9 @@
 
 Tasks run side by side and share the meta-parameters, so one NaN among them would spoil the sum; and a cotangent of zero
 does not help, since zero times NaN is NaN. Where a task is spoiled, going forward or back, the segment is run again
-with that task replaced by a copy of a good one that counts for nothing. That costs a second run, and only then.
+with the parameters and data of a good task in its place, which count for nothing. That costs a second run, and only
+then. The optimizer's state stays, since it was finite; one that overflowed within the segment shows in the next. What
+cannot be told apart by task is never handed out: then the whole segment is lost, and the gradient is NaN.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ class SegmentGradient(NamedTuple):
 
     Attributes:
         theta: the gradient of the mean loss over the tasks that are not spoiled.
-        carry: after the segment; finite, unless all tasks are spoiled.
+        carry: after the segment; its parameters are finite, unless all tasks are spoiled.
         objectives: ``(steps, tasks)``; those of spoiled tasks belong to the copies that replaced them.
         loss: the mean loss over the tasks that are not spoiled; NaN if all are.
         spoiled: ``(tasks,)``, which tasks were left out.
-        source: ``(tasks,)``, the index of the task that runs at each place: its own, or that of the copied one.
+        source: ``(tasks,)``, whose parameters and data are at each place: its own, or those of the copied one.
     """
 
     theta: Weights
@@ -76,6 +78,8 @@ def segment_gradient(
             # A task that is spoiled on the way back shows in its own derivative to the start.
             good &= _finite(gradient.carry.params)
             if bool((good | spoiled).all()):
+                if not all(bool(torch.isfinite(value).all()) for value in gradient.theta.values()):
+                    break  # through the state, which belongs to no task alone
                 return SegmentGradient(gradient.theta, trace.carry, trace.objectives, loss.detach(), spoiled, source)
         if bool(spoiled.any()) and not bool(good[spoiled].all()):
             break  # a copy of a good task is spoiled, too: something else is wrong

@@ -127,6 +127,23 @@ def _leading(tree: dict[str, Tensor]) -> int:
     return next(iter(tree.values())).shape[0]
 
 
+def steps_of(loop: InnerLoop, batches: Batch) -> int:
+    """Return the number of steps for which there are mini-batches.
+
+    Raises:
+        ValueError: there are none, their number differs between entries, or is not a multiple of the loop's block.
+    """
+    lengths = {name: value.shape[0] for name, value in batches.items()}
+    steps = next(iter(lengths.values()), 0)
+    if not steps:
+        raise ValueError("there are no steps: batches need at least one entry of shape (steps, tasks, ...)")
+    if any(length != steps for length in lengths.values()):
+        raise ValueError(f"the entries of batches have different numbers of steps: {lengths}")
+    if steps % loop.block:
+        raise ValueError(f"{steps} steps are not a multiple of the block length {loop.block}")
+    return steps
+
+
 def _contiguous(tree: Any) -> Any:
     """Make all tensors contiguous: a block that saw other strides would be compiled a second time."""
     return pytree.tree_map(torch.Tensor.contiguous, tree)
@@ -196,11 +213,9 @@ def run(loop: InnerLoop, theta: Weights, carry: Carry, batches: Batch, data: Dat
         data: leading dimension ``(tasks,)``.
 
     Raises:
-        ValueError: there are no steps, or their number is not a multiple of the block.
+        ValueError: see :func:`steps_of`.
     """
-    steps = _leading(batches)
-    if not steps or steps % loop.block:
-        raise ValueError(f"{steps} steps are not a multiple of the block length {loop.block}")
+    steps = steps_of(loop, batches)
     interval = loop.interval_of(steps)
     theta = _leaves(theta)
     borders, objectives = [], []
@@ -219,8 +234,16 @@ def pull_back(
     """Return the derivative of sum(objectives * objective_cotangents), through all steps of the trace.
 
     The carry at the start is a constant: the derivative stops there (truncation). A trace can be pulled back once.
+
+    Raises:
+        ValueError: ``objective_cotangents`` has not the shape of the objectives, ``(steps, tasks)``.
     """
-    steps = _leading(batches)
+    steps = steps_of(loop, batches)
+    if objective_cotangents.shape != trace.objectives.shape:
+        raise ValueError(
+            f"the cotangents have shape {tuple(objective_cotangents.shape)}, the objectives "
+            f"{tuple(trace.objectives.shape)}"
+        )
     interval = loop.interval_of(steps)
     leaves = _leaves(theta)
     total = {name: torch.zeros_like(value) for name, value in theta.items()}

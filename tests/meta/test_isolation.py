@@ -77,6 +77,15 @@ def test_nothing_is_left_when_all_are_spoiled() -> None:
     assert all(value.isnan().all() for value in found.theta.values())
 
 
+def test_a_gradient_that_no_task_explains_is_not_handed_out() -> None:
+    theta, params, batches, data = setting()
+    carry = LOOP.start(theta, params)
+    carry.state.momentum[0][2, 1, 0] = math.nan
+    found = segment_gradient(LOOP, theta, carry, batches, data, mean_loss)
+    assert found.spoiled.all()
+    assert all(value.isnan().all() for value in found.theta.values())
+
+
 @dataclass(frozen=True)
 class OneSpoiled(SyntheticPCA):
     """A family whose first task now and then has a NaN in its batches."""

@@ -121,6 +121,18 @@ def test_a_block_must_divide_interval_and_steps() -> None:
         total(replace(LOOP, block=3), setting()[0])
 
 
+def test_batches_and_cotangents_that_do_not_fit() -> None:
+    theta, params, batches, data = setting()
+    carry = LOOP.start(theta, params)
+    with pytest.raises(ValueError, match="there are no steps: batches need at least one entry"):
+        run(LOOP, theta, carry, {}, data)
+    with pytest.raises(ValueError, match=r"different numbers of steps: \{'z': 10, 'y': 3\}"):
+        run(LOOP, theta, carry, {**batches, "y": batches["z"][:3]}, data)
+    trace = run(LOOP, theta, carry, batches, data)
+    with pytest.raises(ValueError, match=r"the cotangents have shape \(9, 3\), the objectives \(10, 3\)"):
+        pull_back(LOOP, theta, trace, batches, data, COTANGENTS[:9])
+
+
 def test_first_order_is_something_else_but_similar() -> None:
     difference = relative(meta_gradient(replace(LOOP, first_order=True)), meta_gradient(LOOP))
     assert 1e-6 < difference < 1.0
