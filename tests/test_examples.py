@@ -33,6 +33,14 @@ def test_the_example_of_the_readme() -> None:
     assert captured > 0.9 * 6
 
 
+def test_the_example_of_the_meta_gradients() -> None:
+    text = (ROOT / "docs" / "meta_gradients.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    names: dict = {"__name__": "example"}
+    exec(code, names)
+    assert names["gradient"]["log_lr"].isfinite()
+
+
 def test_functional() -> None:
     assert load("functional").main(60) > 0.95
 
