@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from subspace_meta._tracing import has_values
+from subspace_meta._tracing import has_values, is_compiling
 from subspace_meta.geometry import Geometry, Params
 
 
@@ -77,13 +77,33 @@ def gather_gradients(
     Raises:
         ValueError: names or shapes of ``grads`` do not fit the geometry.
     """
-    geometry.check(grads, "gradient")
     points = geometry.gather(params)
+    gathered = _gather_checked(geometry, grads)
     gradients = (
-        group.manifold.riemannian_gradient(x, g)
-        for group, x, g in zip(geometry.groups, points, geometry.gather(grads), strict=True)
+        group.manifold.riemannian_gradient(x, g) for group, x, g in zip(geometry.groups, points, gathered, strict=True)
     )
     return points, gradients
+
+
+def _gather_checked(geometry: Geometry, grads: Mapping[str, Tensor]) -> list[Tensor]:
+    """Gather gradients; look at each one by itself only where the whole does not fit.
+
+    A look at each of several hundred small parameters would be a tenth of their step.
+    """
+    if is_compiling():
+        geometry.check(grads, "gradient")
+        return geometry.gather(grads)
+    try:
+        gathered = geometry.gather(grads)
+    except Exception:  # each of torch's and einops' errors means that something does not fit
+        geometry.check(grads, "gradient")
+        raise
+    fits = all(
+        g.shape == group.shape and g.is_floating_point() for group, g in zip(geometry.groups, gathered, strict=True)
+    )
+    if not fits or len(grads) != len(geometry.parameters):
+        geometry.check(grads, "gradient")
+    return gathered
 
 
 def retract_all(geometry: Geometry, points: Sequence[Tensor], tangents: Iterable[Tensor]) -> list[Tensor]:
