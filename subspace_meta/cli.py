@@ -41,6 +41,7 @@ except ImportError as error:  # the library itself does not need them
 
 from subspace_meta.adapter import features
 from subspace_meta.benchmarks.geometry import bench_geometry
+from subspace_meta.benchmarks.meta import bench_meta
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
@@ -406,8 +407,6 @@ def bench_meta_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Meta-gradients: speed against JAX and TorchOpt, seconds to compile, memory of 1,000 steps. About ten minutes."""
-    from subspace_meta.benchmarks.meta import bench_meta
-
     try:
         records = bench_meta(rounds, block)
     except ValueError as error:

@@ -105,14 +105,16 @@ class ParameterGeometry:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that one batched operation handles: equal manifold and matrix shape.
-
-    ``shape`` is the shape of the group's tensor: ``(n, *matrix_shape)`` for n > 1 members, the matrix shape for one.
-    """
+    """Parameters that one batched operation handles: equal manifold and matrix shape."""
 
     manifold: Manifold
     members: tuple[ParameterGeometry, ...]
-    shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the group's tensor: ``(n, *matrix_shape)`` for n > 1 members, the matrix shape for one."""
+        matrix_shape = self.members[0].matrix_shape
+        return (len(self.members), *matrix_shape) if len(self.members) > 1 else matrix_shape
 
 
 @dataclass(frozen=True)
@@ -163,16 +165,12 @@ class Geometry:
         once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, which all
         of this library do.
         """
-        groups = []
-        for group in self.groups:
-            members = tuple(
-                ParameterGeometry(m.name, (count, *m.shape), m.manifold, m.view.stacked(), (count, *m.matrix_shape))
-                for m in group.members
-            )
-            leading = (len(members),) if len(members) > 1 else ()
-            groups.append(Group(group.manifold, members, (*leading, *members[0].matrix_shape)))
-        stacked = {member.name: member for group in groups for member in group.members}
-        return Geometry(tuple(stacked[name] for name in self.names), tuple(groups))
+        stacked = {
+            p.name: ParameterGeometry(p.name, (count, *p.shape), p.manifold, p.view.stacked(), (count, *p.matrix_shape))
+            for p in self.parameters
+        }
+        groups = (Group(group.manifold, tuple(stacked[m.name] for m in group.members)) for group in self.groups)
+        return Geometry(tuple(stacked.values()), tuple(groups))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -313,9 +311,4 @@ def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:
         small = math.prod(parameter.matrix_shape) < GROUPING_LIMIT
         key = (parameter.manifold, parameter.matrix_shape) if small else parameter.name
         buckets.setdefault(key, []).append(parameter)
-    groups = []
-    for members in buckets.values():
-        matrix_shape = members[0].matrix_shape
-        shape = matrix_shape if len(members) == 1 else (len(members), *matrix_shape)
-        groups.append(Group(members[0].manifold, tuple(members), shape))
-    return tuple(groups)
+    return tuple(Group(members[0].manifold, tuple(members)) for members in buckets.values())

@@ -67,7 +67,7 @@ def predict(loop: InnerLoop, theta: Weights, carry: Any, batch: Batch, data: Dat
     from torch.utils.flop_counter import FlopCounterMode
 
     once = replace(loop, compiled=False, block=1, interval=1)
-    created = _Created()
+    created = CreatedStorages()
     with FlopCounterMode(display=False) as forward, created:
         trace: Trace = run(once, theta, carry, batch, data)
     # What still lives are residuals, and the few tensors of the trace itself.
@@ -86,8 +86,8 @@ def predict(loop: InnerLoop, theta: Weights, carry: Any, batch: Batch, data: Dat
     )
 
 
-class _Created(TorchDispatchMode):
-    """Remembers all storages that operations make."""
+class CreatedStorages(TorchDispatchMode):
+    """Remembers the storages that operations make, and tells how many bytes of them still live."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -104,8 +104,9 @@ class _Created(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
-        """Return the bytes of those that still live."""
-        return sum(size for reference, size in self.storages.values() if not reference.expired())
+        """Return the bytes of those that still live, and forget the others."""
+        self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
+        return sum(size for _, size in self.storages.values())
 
 
 def _bytes(tree: Any) -> int:

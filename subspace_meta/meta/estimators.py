@@ -33,7 +33,7 @@ from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.meta.compiling import compile_block
 from subspace_meta.meta.isolation import segment_gradient
-from subspace_meta.meta.unroll import Carry, InnerLoop, block_of, steps_of
+from subspace_meta.meta.unroll import Carry, InnerLoop, block_of, steps_of, windows
 from subspace_meta.tasks.base import Batch, Data
 
 _Block = Callable[[Weights, Carry, Batch, Data], tuple[Carry, Tensor]]
@@ -318,8 +318,8 @@ def _advance(
 ) -> tuple[Carry, list[Tensor]]:
     """Take the steps of ``batches`` block by block; return the carry and the objectives of each block."""
     objectives = []
-    for t in range(0, len(next(iter(batches.values()))), loop.block):
-        carry, values = block(theta, carry, {name: value[t : t + loop.block] for name, value in batches.items()}, data)
+    for window in windows(loop, batches, range(len(next(iter(batches.values()))))):
+        carry, values = block(theta, carry, window, data)
         objectives.append(values)
     return carry, objectives
 

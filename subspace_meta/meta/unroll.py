@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,6 +144,12 @@ def steps_of(loop: InnerLoop, batches: Batch) -> int:
     return steps
 
 
+def windows(loop: InnerLoop, batches: Batch, steps: range) -> Iterator[Batch]:
+    """Yield the mini-batches of each block within ``steps``."""
+    for t in steps[:: loop.block]:
+        yield {name: value[t : t + loop.block] for name, value in batches.items()}
+
+
 def _contiguous(tree: Any) -> Any:
     """Make all tensors contiguous: a block that saw other strides would be compiled a second time."""
     return pytree.tree_map(torch.Tensor.contiguous, tree)
@@ -192,8 +198,7 @@ def _interval(
     start = _leaves(start)
     carry, objectives = start, []
     with torch.enable_grad():
-        for t in steps[:: loop.block]:
-            window = {name: value[t : t + loop.block] for name, value in batches.items()}
+        for window in windows(loop, batches, steps):
             carry, values = block(theta, carry, window, data)
             if not keep:
                 # The same compiled code whether residuals are wanted or not: without them it would be compiled again.
