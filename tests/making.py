@@ -33,6 +33,12 @@ def lively_weights(preset: str = "base", seed: int = 0, dtype: torch.dtype = tor
     }
 
 
+def adapt_step(adapter, weights, state, layout, gradients):
+    """Return the updates of an adapter, direction times factor, and its new state."""
+    directions, factors, state = adapter(weights, state, layout, gradients)
+    return [factor * direction for direction, factor in zip(directions, factors, strict=True)], state
+
+
 def make_optimizer(
     name: str, geometry: sm.Geometry, dtype: torch.dtype = torch.float64, lr: float = 1e-2, seed: int = 0
 ) -> sm.Optimizer:

@@ -11,7 +11,8 @@ equivariant to permutations of rows and of columns, unchanged by duplication, an
 Multiplying all gradients by a constant changes nothing. Beyond arXiv 2501.15235 are the relative features, momentum,
 the learned length and the normalisation; row/column statistics and per-coordinate scales are its idea.
 
-Cost a step: three passes over R and M for statistics and scaling, and 8 H (F + H) flops a coordinate for the network.
+Cost a step: one pass over R and M for momentum and statistics, one for the scaling, and 8 H (F + H) flops a coordinate
+for the network.
 """
 
 from __future__ import annotations
@@ -21,27 +22,37 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from subspace_kernels import rank2
+from subspace_kernels import (
+    Inputs,
+    Layout,
+    Network,
+    column_means,
+    cross_means,
+    directions,
+    lstm_cell,
+    moments,
+    row_means,
+)
 from torch import Tensor
 
 from subspace_meta.adapter.features import TINY, clock, cosine, log_ratio
-from subspace_meta.adapter.layout import Layout
-from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
-from subspace_meta.adapter.statistics import cross_means, matrix_mean
+from subspace_meta.adapter.network import Weights, init_lstm, lstm_shapes
 
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and M
 CONTEXT_FEATURES = 8  # momentum/fast, fast/slow, gradient/fast, fast/peak, cosine of R and M; three of time
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
 
+NETWORK = ("lstm.weight", "lstm.bias", "head.weight", "head.bias", "scale.skip")  # the fields of Network, in order
+
 
 class BaseState(NamedTuple):
-    """State of the adapter; N coordinates, H hidden units."""
+    """State of the adapter; N coordinates of B matrices, H hidden units."""
 
     step: Tensor  # scalar
-    momentum: tuple[Tensor, ...]  # per group (..., d, p), tangent at the current point
+    momentum: tuple[Tensor, ...]  # per group (..., d, p), tangent at the current point; empty without momentum
     fast: Tensor  # (N,) running mean of the row and column energies
     slow: Tensor  # (N,)
-    peak: tuple[Tensor, ...]  # per group (...), largest mean energy so far
+    peak: Tensor  # (B,), largest mean energy of each matrix so far
     hidden: Tensor  # (H, N)
     cell: Tensor  # (H, N)
 
@@ -52,7 +63,7 @@ class BaseAdapter:
 
     Attributes:
         hidden: hidden units of the LSTM.
-        momentum_decay: decay of the momentum.
+        momentum_decay: decay of the momentum; 0: the momentum is the gradient itself, and there is no buffer.
         fast_decay, slow_decay: decays of the two running means of the energies.
     """
 
@@ -94,10 +105,10 @@ class BaseAdapter:
         coordinates = layout.rows + layout.columns
         return BaseState(
             step=like.new_zeros(()),
-            momentum=tuple(torch.zeros_like(x) for x in points),
+            momentum=tuple(torch.zeros_like(x) for x in points) if self.momentum_decay else (),
             fast=like.new_zeros(coordinates),
             slow=like.new_zeros(coordinates),
-            peak=tuple(x.new_zeros(x.shape[:-2]) for x in points),
+            peak=like.new_zeros(layout.matrices),
             hidden=like.new_zeros(self.hidden, coordinates),
             cell=like.new_zeros(self.hidden, coordinates),
         )
@@ -116,7 +127,9 @@ class BaseAdapter:
         state: BaseState,
         layout: Layout,
         gradients: Sequence[Tensor],
-    ) -> tuple[list[Tensor], BaseState]:
+        in_place: bool = False,
+        out: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | float], BaseState]:
         """Turn Riemannian gradients into updates.
 
         Args:
@@ -124,79 +137,53 @@ class BaseAdapter:
             state: the state so far.
             layout: shapes of the groups.
             gradients: per group ``(..., d, p)``.
+            in_place: the new state may be written over ``state``, which is then of no use.
+            out: tensors like ``gradients`` (or these themselves) into which directions may be written.
 
         Returns:
-            Per group the update ``(..., d, p)`` (to be projected and retracted), and the new state.
+            Per group a direction ``(..., d, p)`` and its factor ``(..., 1, 1)``: the update, to be projected and
+            retracted, is their product. The factor is apart because it depends on the length of the whole direction:
+            multiplied later, where the projection is at hand, it costs no pass of its own. And the new state.
         """
         step = state.step + 1
-        sizes = layout.sizes
 
-        def average(decay: float, old: Tensor, new: Tensor) -> Tensor:
+        def average_weight(decay: float) -> Tensor:
             # The running mean with Adam's bias correction folded into the weight of the newest value.
-            return old + (1 - decay) / (1 - decay**step) * (new - old)
+            return (1 - decay) / (1 - decay**step)
 
-        momentum = [average(self.momentum_decay, m, r) for m, r in zip(state.momentum, gradients, strict=True)]
-        energy_means = [cross_means(r, r, size) for r, size in zip(gradients, sizes, strict=True)]
-        momentum_means = [cross_means(m, m, size) for m, size in zip(momentum, sizes, strict=True)]
-        agreement_means = [cross_means(r, m, size) for r, m, size in zip(gradients, momentum, sizes, strict=True)]
-        energy, momentum_energy, agreement = (
-            layout.pack(*zip(*means, strict=True)) for means in (energy_means, momentum_means, agreement_means)
-        )
-        fast = average(self.fast_decay, state.fast, energy)
-        slow = average(self.slow_decay, state.slow, energy)
+        momentum: list[Tensor] = []
+        if self.momentum_decay:
+            weight = average_weight(self.momentum_decay)
+            momentum, means = moments(gradients, state.momentum, weight, layout, in_place)
+            energy, momentum_energy, agreement = means
+        else:
+            energy = momentum_energy = agreement = cross_means(gradients, gradients, layout)
+        fast = state.fast + average_weight(self.fast_decay) * (energy - state.fast)
+        slow = state.slow + average_weight(self.slow_decay) * (energy - state.slow)
 
-        # Means over a matrix, from its rows: (5, ...) per group.
         packed = torch.stack([energy, fast, slow, momentum_energy, agreement])
-        matrix_means = [matrix_mean(rows, d) for rows, (d, _) in zip(layout.unpack(packed)[0], sizes, strict=True)]
-        peak = [torch.maximum(old, means[1]) for old, means in zip(state.peak, matrix_means, strict=True)]
-        time = clock(step)
-        context = [
-            torch.stack(
-                [
-                    log_ratio(means[3], means[1]),
-                    log_ratio(means[1], means[2]),
-                    log_ratio(means[0], means[1]),
-                    log_ratio(means[1], top),
-                    cosine(means[4], means[0], means[3]),
-                    *(time[i].expand(means.shape[1:]) for i in range(3)),
-                ],
-                dim=-1,
-            )
-            for means, top in zip(matrix_means, peak, strict=True)
-        ]
-
-        mean_energies = layout.spread([means[:4] for means in matrix_means])
-        relative = log_ratio(packed[:4], mean_energies)
-        side = torch.ones_like(energy)
-        side = torch.cat([side[: layout.rows], -side[layout.rows :]])
-        features = torch.cat(
+        matrix = row_means(packed[:, : layout.rows], layout)  # (5, B): means over a matrix are means over its rows
+        peak = torch.maximum(state.peak, matrix[1])
+        context = torch.stack(
             [
-                relative,
-                cosine(agreement, energy, momentum_energy)[None],
-                layout.spread([c.movedim(-1, 0) for c in context]),
-                side[None],
+                log_ratio(matrix[3], matrix[1]),
+                log_ratio(matrix[1], matrix[2]),
+                log_ratio(matrix[0], matrix[1]),
+                log_ratio(matrix[1], peak),
+                cosine(matrix[4], matrix[0], matrix[3]),
+                *clock(step)[:, None].expand(3, layout.matrices),
             ]
         )
-        hidden, cell = lstm_cell(weights, "lstm", features, state.hidden, state.cell)
-        # One small product for both sides costs less than two: each takes its half of the outputs.
-        output = linear(weights, "head", hidden)
-        output = torch.cat([output[:3, : layout.rows], output[3:, layout.rows :]], dim=-1)
-        skip = weights["scale.skip"]
-        skipped = [
-            (skip[i][:, None] * part).sum(dim=0)
-            for i, part in enumerate((relative[:, : layout.rows], relative[:, layout.rows :]))
-        ]
+        inputs = Inputs(packed[:4], matrix[:4], cosine(agreement, energy, momentum_energy)[None], context)
+        network = Network(*(weights[name] for name in NETWORK))
+        output, hidden, cell = lstm_cell(network, inputs, state.hidden, state.cell, layout, in_place)
         # Outputs beside the scales are pooled over each matrix: its length and its mix.
-        row_outputs, column_outputs = layout.unpack(torch.cat([(output[0] + torch.cat(skipped))[None], output[1:]]))
-
-        updates = []
-        groups = zip(gradients, momentum, row_outputs, column_outputs, context, sizes, strict=True)
-        for r, m, rows, columns, c, (d, p) in groups:
-            pooled = matrix_mean(rows[1:], d) + matrix_mean(columns[1:], p)
-            length = torch.sigmoid(weights["length.bias"] + (c * weights["length.skip"]).sum(dim=-1) + pooled[0])
-            mix = torch.sigmoid(weights["mix.bias"] + pooled[1])[..., None, None]
-            direction = rank2(torch.lerp(r, m, mix), torch.exp(rows[0]), torch.exp(columns[0]))
-            mean_square = direction.square().sum(dim=(-2, -1), keepdim=True) / (d * p)
-            factor = length[..., None, None] / (mean_square + TINY).sqrt() / d**0.5
-            updates.append(-factor * direction)
-        return updates, BaseState(step, tuple(momentum), fast, slow, tuple(peak), hidden, cell)
+        pooled = row_means(output[1:, : layout.rows], layout) + column_means(output[1:, layout.rows :], layout)
+        skipped = (weights["length.skip"][:, None] * context).sum(dim=0)
+        length = torch.sigmoid(weights["length.bias"] + skipped + pooled[0])
+        mix = torch.sigmoid(weights["mix.bias"] + pooled[1]) if momentum else None
+        scaled, squares = directions(gradients, momentum, mix, output[0], layout, out)
+        factors: list[Tensor | float] = [
+            part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
+        ]
+        return scaled, factors, BaseState(step, tuple(momentum), fast, slow, peak, hidden, cell)

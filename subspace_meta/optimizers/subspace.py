@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from subspace_kernels import Layout
 from torch import Tensor
 
 from subspace_meta._tracing import is_compiling
 from subspace_meta.adapter.base import BaseAdapter
-from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.network import Weights
 from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
@@ -101,10 +101,11 @@ class SubspaceOptimizer:
         if buffers:
             seen = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
             state = self.adapter.with_buffers(state, seen)
-        updates, state = self.adapter(self.weights, state, self.layout, seen_gradients)
+        directions, factors, state = self.adapter(self.weights, state, self.layout, seen_gradients)
+        # Projection and coordinates are linear: the factor comes last, where the tangent is in the cache.
         tangents = [
-            g.manifold.project(x, g.manifold.from_coordinates(x, u))
-            for g, x, u in zip(groups, points, updates, strict=True)
+            factor * g.manifold.project(x, g.manifold.from_coordinates(x, u))
+            for g, x, u, factor in zip(groups, points, directions, factors, strict=True)
         ]
         moved = retract_all(self.geometry, points, tangents)
         buffers = self.adapter.buffers(state)

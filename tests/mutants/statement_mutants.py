@@ -34,7 +34,6 @@ class Mutant(NamedTuple):
 
 RETRACTIONS = "subspace_meta/manifolds/retractions.py"
 CANONICAL = "subspace_meta/manifolds/stiefel_canonical.py"
-STATISTICS = "subspace_meta/adapter/statistics.py"
 BASE = "subspace_meta/adapter/base.py"
 SUBSPACE = "subspace_meta/optimizers/subspace.py"
 ESTIMATORS = "subspace_meta/meta/estimators.py"
@@ -59,9 +58,9 @@ MUTANTS = (
     Mutant("newton_schulz_padding", RETRACTIONS, "return y @ (1.5 * identity_like(y) - 0.5 * gram(y))", "return y @ (1.5 * identity_like(y) - 0.5 * gram(y)) + 1e-6"),
     Mutant("newton_schulz_singular_values", RETRACTIONS, "1.5 * identity_like(y) - 0.5 * gram(y)", "2.0 * identity_like(y) - gram(y)"),
     Mutant("newton_schulz_defect", RETRACTIONS, "1.5 * identity_like(y) - 0.5 * gram(y)", "1.4 * identity_like(y) - 0.4 * gram(y)"),
-    Mutant("adapter_pullback", STATISTICS, "return rows / p, columns / d", "return rows / d, columns / p"),
-    Mutant("adapter_duplication", STATISTICS, "return rows / p, columns / d", "return rows, columns"),
-    Mutant("adapter_padding", STATISTICS, "values[..., :count].mean(dim=-1)", "values.mean(dim=-1)"),
+    Mutant("adapter_pullback", KERNELS, "return rows / p, columns / d", "return rows / d, columns / p"),
+    Mutant("adapter_duplication", KERNELS, "return rows / p, columns / d", "return rows, columns"),
+    Mutant("adapter_padding", KERNELS, "values[..., :count].mean(dim=-1)", "values.mean(dim=-1)"),
     Mutant("adapter_permutation", "subspace_meta/adapter/paper.py", "v - matrix_mean(v, p)[..., None] + 1", "v - v[..., :1] + 1"),
     Mutant("update_equivariance", SUBSPACE, "g.manifold.transport(x, y, g.manifold.from_coordinates(x, m))", "g.manifold.from_coordinates(x, m)"),
     Mutant("grassmann_projection", "subspace_meta/manifolds/grassmann.py", "subtract_product(v, x, x.mT @ v)", "subtract_product(v, x, x.mT @ v, 0.5)"),

@@ -15,16 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import lively_weights, normal, start
-from subspace_kernels.reference import cross, rank2
+from making import adapt_step, lively_weights, normal, start
+from subspace_kernels import Layout
+from subspace_kernels.reference import cross_matrix, cross_matrix_means, matrix_mean, rank2_matrix
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import subspace_meta as sm
 from subspace_meta.adapter.base import BaseAdapter
-from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.paper import PaperAdapter
-from subspace_meta.adapter.statistics import cross_means, matrix_mean
 from subspace_meta.manifolds import (
     SPD,
     Cayley,
@@ -414,7 +413,7 @@ def adapt(name: str, gradients: list[Tensor], padded_from: tuple[int, int] | Non
     layout = Layout(((d, p),), (padded_from,) if padded_from else ())
     state, updates = adapter.init(layout, gradients[:1]), []
     for r in gradients:
-        (update,), state = adapter(weights, state, layout, [r])
+        (update,), state = adapt_step(adapter, weights, state, layout, [r])
         updates.append(update * (padded_from or (d, p))[0] ** 0.5 if name == "base" else update)
     return updates, state
 
@@ -448,8 +447,8 @@ def test_adapter_pullback(name, size, times, seed):
     rows, columns = permutation(times[0] * d, seed) % d, permutation(times[1] * p, seed + 1) % p
     pulled = [r[rows][:, columns] for r in plain]
     for (a, b), (small_a, small_b) in zip(itertools.pairwise(pulled), itertools.pairwise(plain), strict=True):
-        row, column = cross_means(a, b)
-        small_row, small_column = cross_means(small_a, small_b)
+        row, column = cross_matrix_means(a, b)
+        small_row, small_column = cross_matrix_means(small_a, small_b)
         close(row, small_row[rows])
         close(column, small_column[columns])
         close(small_row, (small_a @ small_b.mT).diagonal() / p)
@@ -470,7 +469,9 @@ def test_adapter_pullback(name, size, times, seed):
 @given(name=adapters, size=sizes, times=st.tuples(st.integers(1, 3), st.integers(1, 3)), seed=seeds)
 def test_adapter_duplication(name, size, times, seed):
     plain = gradients_of(size, seed)
-    for a, b in zip(cross_means(plain[0], plain[1]), cross_means(*(r.repeat(times) for r in plain[:2])), strict=True):
+    for a, b in zip(
+        cross_matrix_means(plain[0], plain[1]), cross_matrix_means(*(r.repeat(times) for r in plain[:2])), strict=True
+    ):
         close(b, a.repeat(b.numel() // a.numel()))
     for a, b in zip(adapt(name, plain)[0], adapt(name, [r.repeat(times) for r in plain])[0], strict=True):
         close(b, a.repeat(times))
@@ -480,7 +481,7 @@ def test_adapter_duplication(name, size, times, seed):
 def test_adapter_padding(name, size, extra, seed):
     (d, p), plain = size, gradients_of(size, seed)
     padded = [torch.nn.functional.pad(r, (0, extra[1], 0, extra[0])) for r in plain]
-    (rows, columns), expected = cross_means(padded[0], padded[1], size), cross_means(plain[0], plain[1])
+    (rows, columns), expected = cross_matrix_means(padded[0], padded[1], size), cross_matrix_means(plain[0], plain[1])
     close(rows[:d], expected[0])
     close(columns[:p], expected[1])
     # Whatever stands outside the mask is not seen by the mean.
@@ -604,17 +605,22 @@ def test_cross_adjoint(size, seed):
     d, p = size
     a, b, more = (normal(d, p, seed=seed + i) for i in range(3))
     (u, gr, du), (v, gc, dv) = ([normal(n, seed=seed + 10 + i) for i in range(3)] for n in size)
-    rows, columns = cross(a, b, u, v)
+    rows, columns = cross_matrix(a, b, u, v)
     close(rows, (a @ torch.diag(v) @ b.mT).diagonal())
     close(columns, (a.mT @ torch.diag(u) @ b).diagonal())
-    close(torch.cat(cross(b, a, u, v)), torch.cat([rows, columns]))
-    close(torch.cat(cross(a + more, b, u, v)), torch.cat([rows, columns]) + torch.cat(cross(more, b, u, v)))
-    close(torch.cat(cross(a, b, u + du, v + dv)), torch.cat([rows, columns]) + torch.cat(cross(a, b, du, dv)))
-    ga, gb, gu, gv = torch.func.vjp(cross, a, b, u, v)[1]((gr, gc))
-    close(ga, rank2(b, gr, v, u, gc))
-    close(gb, rank2(a, gr, v, u, gc))
-    close(torch.cat([gu, gv]), torch.cat(cross(a, b, gr, gc)))
-    close(torch.cat(cross(a, a)), torch.cat([(a @ a.mT).diagonal(), (a.mT @ a).diagonal()]))
+    close(torch.cat(cross_matrix(b, a, u, v)), torch.cat([rows, columns]))
+    close(
+        torch.cat(cross_matrix(a + more, b, u, v)), torch.cat([rows, columns]) + torch.cat(cross_matrix(more, b, u, v))
+    )
+    close(
+        torch.cat(cross_matrix(a, b, u + du, v + dv)),
+        torch.cat([rows, columns]) + torch.cat(cross_matrix(a, b, du, dv)),
+    )
+    ga, gb, gu, gv = torch.func.vjp(cross_matrix, a, b, u, v)[1]((gr, gc))
+    close(ga, rank2_matrix(b, gr, v, u, gc))
+    close(gb, rank2_matrix(a, gr, v, u, gc))
+    close(torch.cat([gu, gv]), torch.cat(cross_matrix(a, b, gr, gc)))
+    close(torch.cat(cross_matrix(a, a)), torch.cat([(a @ a.mT).diagonal(), (a.mT @ a).diagonal()]))
 
 
 @given(size=sizes, seed=seeds)
@@ -622,19 +628,19 @@ def test_rank2_adjoint(size, seed):
     d, p = size
     x, g, more = (normal(d, p, seed=seed + i) for i in range(3))
     (a, u, da), (v, b, dv) = ([normal(n, seed=seed + 10 + i) for i in range(3)] for n in size)
-    y = rank2(x, a, v, u, b)
+    y = rank2_matrix(x, a, v, u, b)
     close(y, torch.diag(a) @ x @ torch.diag(v) + torch.diag(u) @ x @ torch.diag(b))
-    close(rank2(x + more, a, v, u, b), y + rank2(more, a, v, u, b))
-    gx, ga, gv, gu, gb = torch.func.vjp(rank2, x, a, v, u, b)[1](g)
-    close(gx, rank2(g, a, v, u, b))
-    close(torch.cat([ga, gv]), torch.cat(cross(g, x, a, v)))
-    close(torch.cat([gu, gb]), torch.cat(cross(g, x, u, b)))
+    close(rank2_matrix(x + more, a, v, u, b), y + rank2_matrix(more, a, v, u, b))
+    gx, ga, gv, gu, gb = torch.func.vjp(rank2_matrix, x, a, v, u, b)[1](g)
+    close(gx, rank2_matrix(g, a, v, u, b))
+    close(torch.cat([ga, gv]), torch.cat(cross_matrix(g, x, a, v)))
+    close(torch.cat([gu, gb]), torch.cat(cross_matrix(g, x, u, b)))
     zero_u, zero_b = torch.zeros_like(u), torch.zeros_like(b)
-    close(rank2(x, a + da, v, u, b), y + rank2(x, da, v, zero_u, zero_b))
-    close(rank2(x, a, v + dv, u, b), y + rank2(x, a, dv, zero_u, zero_b))
-    close(rank2(x, a, v, u + da, b), y + rank2(x, zero_u, torch.zeros_like(v), da, b))
-    close(rank2(x, a, v, u, b + dv), y + rank2(x, torch.zeros_like(a), zero_b, u, dv))
-    close(rank2(x, a, v), torch.diag(a) @ x @ torch.diag(v))
+    close(rank2_matrix(x, a + da, v, u, b), y + rank2_matrix(x, da, v, zero_u, zero_b))
+    close(rank2_matrix(x, a, v + dv, u, b), y + rank2_matrix(x, a, dv, zero_u, zero_b))
+    close(rank2_matrix(x, a, v, u + da, b), y + rank2_matrix(x, zero_u, torch.zeros_like(v), da, b))
+    close(rank2_matrix(x, a, v, u, b + dv), y + rank2_matrix(x, torch.zeros_like(a), zero_b, u, dv))
+    close(rank2_matrix(x, a, v), torch.diag(a) @ x @ torch.diag(v))
 
 
 # Descent
@@ -668,8 +674,8 @@ class Scales:
 
     def __call__(
         self, weights: dict[str, Tensor], state: tuple[()], layout: Layout, gradients: list[Tensor]
-    ) -> tuple[list[Tensor], tuple[()]]:
-        return [-self.length * rank2(r, self.rows, self.columns) for r in gradients], state
+    ) -> tuple[list[Tensor], list[float], tuple[()]]:
+        return [rank2_matrix(r, self.rows, self.columns) for r in gradients], [-self.length] * len(gradients), state
 
 
 NO_WEIGHTS = {"unused": torch.zeros((), dtype=torch.float64)}
@@ -707,7 +713,7 @@ def test_descent_direction(data, shape, seed):
         assert float(manifold.inner(x, r, u)) >= a * square * (1 - 1e-9) - 1e-12
         assert float(manifold.inner(x, u, u)) <= b * square * (1 + 1e-9) + 1e-12
         seen = manifold.coordinates(x, r)
-        expected = float((rank2(seen, rows, columns) * seen).sum())
+        expected = float((rank2_matrix(seen, rows, columns) * seen).sum())
         assert float(manifold.inner(x, r, u)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
         # At the first step the momentum of preset base is the gradient, and all its scales are positive.
         first = x - one_step(manifold, x, g, BaseAdapter(), lively_weights("base", seed))
@@ -717,7 +723,7 @@ def test_descent_direction(data, shape, seed):
     r = spd.riemannian_gradient(m, normal(n, n, seed=seed + 2))
     sides = rows, rows.flip(0)
     a, b = bounds(*sides)
-    u = spd.project(m, spd.from_coordinates(m, rank2(spd.coordinates(m, r), *sides)))
+    u = spd.project(m, spd.from_coordinates(m, rank2_matrix(spd.coordinates(m, r), *sides)))
     square = float(spd.inner(m, r, r))
     assert float(spd.inner(m, r, u)) >= a * square * (1 - 1e-7)
     assert float(spd.inner(m, u, u)) <= b * square * (1 + 1e-7)
@@ -767,7 +773,7 @@ def test_ambient_counter_example(angle, shape, seed):
     rows, columns = torch.tensor([64, 1, 1], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     r = manifold.riemannian_gradient(x, g)
     close(r, torch.tensor([[0, -2], [0, 11], [10, 0]], dtype=torch.float64))
-    ambient = manifold.project(x, rank2(r, rows, columns))
+    ambient = manifold.project(x, rank2_matrix(r, rows, columns))
     assert float(manifold.inner(x, r, ambient)) == pytest.approx(-1.0, abs=1e-10)
     assert dot(g, ambient) == pytest.approx(-1.0, abs=1e-10)
     # In the manifold's coordinates, in which the optimizer works, the same scales descend.
@@ -1071,7 +1077,7 @@ def test_optimizer_memory(shapes, hidden):
         weights = {name: value.double() for name, value in adapter.init_weights().items()}
         assert {name: tuple(value.shape) for name, value in weights.items()} == adapter.weight_shapes()
         state = adapter.init(layout, points)
-        after = adapter(weights, adapter.init(layout, points), layout, [normal(*s) for s in shapes])[1]
+        after = adapter(weights, adapter.init(layout, points), layout, [normal(*s) for s in shapes])[-1]
         assert count(after) == count(state)
     for d, p in shapes:
         theirs = 34 * d * d + 1024 * d * p + 2049

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from making import MANIFOLDS, lively_weights, make_optimizer, normal, start
+from making import MANIFOLDS, adapt_step, lively_weights, make_optimizer, normal, start
+from subspace_kernels.layout import Layout
 
 import subspace_meta as sm
-from subspace_meta.adapter.layout import Layout
 from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.optimizers.subspace import PRESETS
 
@@ -25,7 +25,7 @@ def adapt(adapter, weights, per_step, padded_from=()):
     state = adapter.init(layout, per_step[0])
     results = []
     for gradients in per_step:
-        updates, state = adapter(weights, state, layout, gradients)
+        updates, state = adapt_step(adapter, weights, state, layout, gradients)
         results.append(updates)
     return results
 

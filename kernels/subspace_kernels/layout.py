@@ -33,6 +33,21 @@ class Layout:
         return self.padded_from or tuple((shape[-2], shape[-1]) for shape in self.shapes)
 
     @property
+    def matrix_counts(self) -> tuple[int, ...]:
+        """Matrices per group."""
+        return tuple(math.prod(shape[:-2]) for shape in self.shapes)
+
+    @property
+    def matrices(self) -> int:
+        """The number of matrices, all batches together."""
+        return sum(self.matrix_counts)
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of all matrices."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
     def row_sizes(self) -> tuple[int, ...]:
         """Rows per group, all matrices of its batch together."""
         return tuple(math.prod(shape[:-1]) for shape in self.shapes)
@@ -58,15 +73,27 @@ class Layout:
 
     def unpack(self, packed: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Invert :meth:`pack`; leading dimensions of ``packed`` ``(..., N)`` are kept in front."""
-        parts = torch.split(packed, [*self.row_sizes, *self.column_sizes], dim=-1)
-        leading = packed.shape[:-1]
-        groups = len(self.shapes)
-        rows = [part.reshape(*leading, *shape[:-1]) for part, shape in zip(parts[:groups], self.shapes, strict=True)]
-        columns = [
-            part.reshape(*leading, *shape[:-2], shape[-1])
-            for part, shape in zip(parts[groups:], self.shapes, strict=True)
+        return self.split_rows(packed[..., : self.rows]), self.split_columns(packed[..., self.rows :])
+
+    def split_rows(self, rows: Tensor) -> list[Tensor]:
+        """Cut packed row values ``(*leading, rows)`` into one ``(*leading, ..., d)`` tensor a group."""
+        parts = torch.split(rows, list(self.row_sizes), dim=-1)
+        return [part.reshape(*rows.shape[:-1], *shape[:-1]) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def split_columns(self, columns: Tensor) -> list[Tensor]:
+        """Cut packed column values ``(*leading, columns)`` into one ``(*leading, ..., p)`` tensor a group."""
+        parts = torch.split(columns, list(self.column_sizes), dim=-1)
+        return [
+            part.reshape(*columns.shape[:-1], *shape[:-2], shape[-1])
+            for part, shape in zip(parts, self.shapes, strict=True)
         ]
-        return rows, columns
+
+    def per_group(self, per_matrix: Tensor) -> list[Tensor]:
+        """Cut ``(*leading, B)`` values, one a matrix, into one ``(*leading, ...)`` tensor a group."""
+        parts = torch.split(per_matrix, list(self.matrix_counts), dim=-1)
+        return [
+            part.reshape((*per_matrix.shape[:-1], *shape[:-2])) for part, shape in zip(parts, self.shapes, strict=True)
+        ]
 
     def spread(self, per_matrix: Sequence[Tensor]) -> Tensor:
         """Give every coordinate the value of its matrix: per-group ``(*leading, ...)`` tensors to ``(*leading, N)``.
