@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,8 +40,10 @@ except ImportError as error:  # the library itself does not need them
     raise SystemExit(f"subspace-meta: {error}; install the extra: pip install 'subspace-meta[train]'") from error
 
 from subspace_meta.adapter import features
+from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.benchmarks.meta import bench_meta
+from subspace_meta.benchmarks.step import bench_step
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
@@ -396,8 +398,27 @@ def bench_geometry_command(
     if as_json:
         typer.echo(json.dumps({"environment": environment(), "records": records}))
         return
-    rows = [(r["what"], f"{r['seconds']:.4f}", r["peer"], r["peer_seconds"], ".4f", r["ratio"]) for r in records]
-    _print_comparison("CPU seconds of one step, one thread, least of several", "s", rows)
+    _print_times("CPU seconds of one step, one thread, least of several", records)
+
+
+@bench.command("step")
+def bench_step_command(
+    rounds: Annotated[int, typer.Option(help="Rounds; the least time counts.", min=1)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """The learned step on ResNet-50 and on a transformer: against the least traffic, and Adam. About a minute."""
+    _, adapter = load_weights(FOLDER / RELEASES["base"])
+    assert isinstance(adapter, BaseAdapter)
+    records, kernels = bench_step(adapter, rounds)
+    if as_json:
+        typer.echo(json.dumps({"environment": environment(), "records": records, "kernels": kernels}))
+        return
+    _print_times("CPU seconds of one learned step without retraction, one thread, least of several", records)
+    for record in kernels:
+        typer.echo(
+            f"{record['what']}: on a GPU {record['bytes'] / 1e6:.1f} MB a step, {record['ratio']:.3f} of the least; "
+            f"{record['buckets']} buckets, {record['launches']} launches"
+        )
 
 
 @bench.command("meta")
@@ -418,6 +439,12 @@ def bench_meta_command(
         (r["what"], f"{r['ours']:,.4g}", r.get("peer", ""), r.get("theirs"), ",.4g", r.get("ratio")) for r in records
     ]
     _print_comparison("meta-gradients through unrolled inner loops; one thread, compilation on all cores", "", rows)
+
+
+def _print_times(title: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print records of seconds against a peer's."""
+    rows = [(r["what"], f"{r['seconds']:.4f}", r["peer"], r["peer_seconds"], ".4f", r["ratio"]) for r in records]
+    _print_comparison(title, "s", rows)
 
 
 def _print_comparison(

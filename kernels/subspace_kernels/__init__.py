@@ -6,8 +6,17 @@ order, is made of the other. The stages of a learned step are built on them. Thi
 """
 
 from subspace_kernels.layout import Layout
-from subspace_kernels.operations import column_means, cross_means, directions, lstm_cell, moments, row_means
-from subspace_kernels.reference import Inputs, Network, cross, rank2
+from subspace_kernels.operations import (
+    column_means,
+    cross,
+    cross_means,
+    directions,
+    lstm_cell,
+    moments,
+    rank2,
+    row_means,
+)
+from subspace_kernels.reference import Inputs, Network
 
 __all__ = [
     "Inputs",

@@ -191,7 +191,7 @@ template <bool MOMENTUM>
 void all_statistics(int64_t count, const float* const* r, const int64_t* r_pitch, const float* const* m,
                     const int64_t* m_pitch, float* const* moved, const int64_t* moved_pitch, const int64_t* d,
                     const int64_t* p, float weight, float* const* rows, float* const* columns, int64_t stride,
-                    int threads) {
+                    [[maybe_unused]] int threads) {
     constexpr int ROWS = 8;
     constexpr int KINDS = MOMENTUM ? 3 : 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
@@ -365,7 +365,7 @@ void subspace_lstm_cell(int64_t matrices, const int64_t* size, int64_t energies,
                         int64_t hidden, int64_t outputs, const float* energy, const float* mean, const float* raw_value,
                         const float* context_value, const float* weight, const float* bias, const float* head,
                         const float* head_bias, const float* skip, const float* old_hidden, const float* old_cell,
-                        float* output, float* new_hidden, float* new_cell, int threads) {
+                        float* output, float* new_hidden, float* new_cell, [[maybe_unused]] int threads) {
     const int E = energies, Q = raw, C = context, H = hidden, O = outputs, K = E + Q + H, F = E + Q + C + 1;
     std::vector<int64_t> first(2 * matrices + 1, 0);
     for (int64_t s = 0; s < 2 * matrices; s++) first[s + 1] = first[s] + size[s];
@@ -414,7 +414,8 @@ void subspace_lstm_cell(int64_t matrices, const int64_t* size, int64_t energies,
 void subspace_directions(int64_t count, const float* const* r, const int64_t* r_pitch, const float* const* m,
                          const int64_t* m_pitch, const float* mix, const int64_t* d, const int64_t* p,
                          const float* const* rows, const float* const* columns, float* const* out,
-                         const int64_t* out_pitch, float* squares, int past_caches, int threads) {
+                         const int64_t* out_pitch, float* squares, int past_caches,
+                         [[maybe_unused]] int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < count; k++) {
         const int64_t height = d[k], width = p[k];

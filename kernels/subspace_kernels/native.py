@@ -134,7 +134,7 @@ def readable(tensors: Sequence[Tensor]) -> list[Tensor]:
     for tensor in tensors:
         if tensor.ndim > 3:
             tensor = tensor.reshape(-1, *tensor.shape[-2:])
-        fitting.append(tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous())
+        fitting.append(tensor if _rows_adjacent(tensor) else tensor.contiguous())
     return fitting
 
 
@@ -183,10 +183,10 @@ def energy_means(r: Sequence[Tensor], layout: Layout) -> Tensor:
 def moments(
     r: Sequence[Tensor], m: Sequence[Tensor], weight: Tensor, layout: Layout, in_place: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the new momentum (written over ``m`` if ``in_place``) and three packed means ``(3, N)``."""
+    """Return the new momentum (written over ``m`` where ``in_place``) and three packed means ``(3, N)``."""
     plan = plan_of(layout)
-    moved = list(m) if in_place else [torch.empty(x.shape) for x in m]
-    r, m, to = readable(r), readable(m), _writable(moved)
+    moved = _written(m) if in_place else [torch.empty(x.shape) for x in m]
+    r, m, to = readable(r), readable(m), readable(moved)
     coordinates = layout.rows + layout.columns
     means = torch.empty(3, coordinates)
     rows, columns = means.data_ptr() + plan.row, means.data_ptr() + 4 * layout.rows + plan.column
@@ -225,6 +225,7 @@ def lstm_cell(
     inputs = Inputs(*(value.contiguous() for value in inputs))
     units, coordinates = hidden.shape
     outputs = len(network.head_bias) // 2
+    in_place = in_place and hidden.is_contiguous() and cell.is_contiguous()
     new = (hidden, cell) if in_place else (torch.empty(hidden.shape), torch.empty(cell.shape))
     output = torch.empty(outputs, coordinates)
     sizes = (len(inputs.energies), len(inputs.raw), len(inputs.context), units, outputs)
@@ -244,8 +245,8 @@ def directions(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the scaled directions (written into ``out`` if given) and their mean squared column lengths ``(B,)``."""
     plan = plan_of(layout)
-    made = [torch.empty(x.shape) for x in r] if out is None else list(out)
-    r, m, to = readable(r), readable(m), _writable(made)
+    made = [torch.empty(x.shape) for x in r] if out is None else _written(out)
+    r, m, to = readable(r), readable(m), readable(made)
     read = {x.data_ptr() for x in (*r, *m)}
     past_caches = 4 * layout.entries > CACHES and not any(x.data_ptr() in read for x in to)
     nothing = ctypes.c_void_p(None)
@@ -271,15 +272,11 @@ def directions(
     return made, squares
 
 
-def _writable(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return views with at most one batch dimension.
+def _written(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors themselves where native.cpp can write them in place, new ones elsewhere."""
+    return [x if _rows_adjacent(x) else torch.empty(x.shape) for x in tensors]
 
-    Raises:
-        ValueError: a tensor cannot be written in place, because its rows are not contiguous.
-    """
-    views = []
-    for tensor in tensors:
-        if (tensor.shape[-1] > 1 and tensor.stride(-1) != 1) or (tensor.ndim > 3 and not tensor.is_contiguous()):
-            raise ValueError(f"a result of shape {tuple(tensor.shape)} must be contiguous to be written in place")
-        views.append(tensor.view(-1, *tensor.shape[-2:]) if tensor.ndim > 3 else tensor)
-    return views
+
+def _rows_adjacent(tensor: Tensor) -> bool:
+    """Return whether entries of a row are neighbours, and matrices of a batch equally far apart."""
+    return (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) and (tensor.ndim <= 3 or tensor.is_contiguous())

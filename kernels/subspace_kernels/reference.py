@@ -95,6 +95,8 @@ def cross(
         a, b: lists of ``(..., d, p)``, of equal shapes in pairs.
         u: ``(rows,)`` packed; v: ``(columns,)`` packed; ``None`` is all ones.
     """
+    if not a:
+        return torch.zeros(0), torch.zeros(0)
     layout = layout_of(a)
     us, vs = _sides(layout, u, v)
     sums = [cross_matrix(*group) for group in zip(a, b, us, vs, strict=True)]
@@ -106,6 +108,8 @@ def cross(
 
 def rank2(x: Sequence[Tensor], a: Tensor, v: Tensor, u: Tensor | None = None, b: Tensor | None = None) -> list[Tensor]:
     """Return X * (a v^T + u b^T) of every matrix; ``a, u`` packed rows, ``v, b`` packed columns."""
+    if not x:
+        return []
     layout = layout_of(x)
     rows, columns = _sides(layout, a, v)
     more_rows, more_columns = _sides(layout, u, b)
@@ -114,6 +118,8 @@ def rank2(x: Sequence[Tensor], a: Tensor, v: Tensor, u: Tensor | None = None, b:
 
 def cross_means(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return the row means and the column means of A * B, packed ``(N,)``; see ``cross_matrix_means``."""
+    if not a:
+        return torch.zeros(0)
     means = [cross_matrix_means(*group) for group in zip(a, b, layout.sizes, strict=True)]
     return layout.pack(*zip(*means, strict=True))
 

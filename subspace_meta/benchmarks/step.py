@@ -57,11 +57,12 @@ def learned_step(adapter: BaseAdapter, gradients: Sequence[Tensor]) -> Callable[
     return step
 
 
-def _adam(gradients: Sequence[Tensor], **options: bool) -> Callable[[], object]:
+def _adam(gradients: Sequence[Tensor], foreach: bool) -> Callable[[], object]:
+    """Return the step of torch's Adam, the ``foreach`` or the fused one."""
     parameters = [torch.zeros_like(gradient).requires_grad_() for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    return torch.optim.Adam(parameters, **options).step
+    return torch.optim.Adam(parameters, foreach=foreach, fused=not foreach).step
 
 
 def bench_step(adapter: BaseAdapter, rounds: int = 20) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def bench_step(adapter: BaseAdapter, rounds: int = 20) -> list[dict[str, Any]]:
                 "without momentum": learned_step(light, gradients),
                 "with momentum": learned_step(adapter, gradients),
                 "Adam foreach": _adam(gradients, foreach=True),
-                "Adam fused": _adam(gradients, fused=True),
+                "Adam fused": _adam(gradients, foreach=False),
             },
             rounds,
         )

@@ -7,10 +7,11 @@ One update: R = grad f(X); an adapter turns R into a scaled direction D; X+ = Re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from subspace_kernels import Layout
 from torch import Tensor
 
@@ -94,6 +95,26 @@ class SubspaceOptimizer:
         self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], value: Tensor | None = None
     ) -> tuple[Params, Any]:
         """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
+        moved, state = self._step(grads, state, params, in_place=False)
+        return self.geometry.scatter(moved), state
+
+    @torch.no_grad()
+    def update_(
+        self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], value: Tensor | None = None
+    ) -> Any:
+        """Take the same step in an eager loop, written over ``params``; return the new state.
+
+        The old state is of no use afterwards: its buffers are the new one's where kernels run. Gradients are left as
+        they are. Nothing is differentiated through it.
+        """
+        moved, state = self._step(grads, state, params, in_place=True)
+        for name, tensor in self.geometry.scatter(moved).items():
+            params[name].copy_(tensor)
+        return state
+
+    def _step(
+        self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], in_place: bool
+    ) -> tuple[list[Tensor], Any]:
         groups = self.geometry.groups
         points, gradients = gather_gradients(self.geometry, params, grads)
         seen_gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]
@@ -101,7 +122,8 @@ class SubspaceOptimizer:
         if buffers:
             seen = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
             state = self.adapter.with_buffers(state, seen)
-        directions, factors, state = self.adapter(self.weights, state, self.layout, seen_gradients)
+        out = _own_buffers(seen_gradients, (*grads.values(), *params.values())) if in_place else None
+        directions, factors, state = self.adapter(self.weights, state, self.layout, seen_gradients, in_place, out)
         # Projection and coordinates are linear: the factor comes last, where the tangent is in the cache.
         tangents = [
             factor * g.manifold.project(x, g.manifold.from_coordinates(x, u))
@@ -115,4 +137,10 @@ class SubspaceOptimizer:
                 for g, x, y, m in zip(groups, points, moved, buffers, strict=True)
             ]
             state = self.adapter.with_buffers(state, carried)
-        return self.geometry.scatter(moved), state
+        return moved, state
+
+
+def _own_buffers(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors themselves where they may be written over, new ones where they share memory with others."""
+    foreign = {tensor.untyped_storage().data_ptr() for tensor in others}
+    return [torch.empty_like(t) if t.untyped_storage().data_ptr() in foreign else t for t in tensors]
