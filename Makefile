@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow check proofs clean
+.PHONY: demo test test-slow test-gpu check proofs clean
 
 demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
 	$(RUN) -m subspace_meta.cli train --preset quick
@@ -22,6 +22,9 @@ test: $(INSTALLED)  ## the test suite, a few minutes on two cores
 
 test-slow: $(INSTALLED)  ## the heavier checks
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m slow
+
+test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU: correctness, bandwidth, time beside Adam
+	$(RUN) -m pytest -q -s -m gpu tests/kernels
 
 check: $(INSTALLED)  ## linter, formatter, type checker
 	$(RUN) -m ruff check .

@@ -43,7 +43,7 @@ from subspace_meta.adapter import features
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.benchmarks.meta import bench_meta
-from subspace_meta.benchmarks.step import bench_step
+from subspace_meta.benchmarks.step import bench_step, kernel_traffic
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
@@ -409,7 +409,7 @@ def bench_step_command(
     """The learned step on ResNet-50 and on a transformer: against the least traffic, and Adam. About a minute."""
     _, adapter = load_weights(FOLDER / RELEASES["base"])
     assert isinstance(adapter, BaseAdapter)
-    records, kernels = bench_step(adapter, rounds)
+    records, kernels = bench_step(adapter, rounds), kernel_traffic(adapter)
     if as_json:
         typer.echo(json.dumps({"environment": environment(), "records": records, "kernels": kernels}))
         return

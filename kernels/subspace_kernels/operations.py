@@ -60,6 +60,9 @@ _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on_device(tensors: Sequence[Tensor]) -> bool:
+    """Return whether Triton's kernels can work on these tensors; float64 is not among their types."""
+    if any(tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors):
+        return False
     types = {tensor.device.type for tensor in tensors}
     return (types == {"cuda"} and _has_triton()) or (INTERPRETED and types == {"cpu"})
 

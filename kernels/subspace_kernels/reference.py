@@ -24,6 +24,11 @@ def log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return 0.5 * torch.log(numerator / (denominator + TINY) + FLOOR)
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if its type is shorter: sums are never taken in a short type."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def cross_matrix(a: Tensor, b: Tensor, u: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return rows_i = sum_j A_ij B_ij v_j and columns_j = sum_i A_ij B_ij u_i of one tensor.
 
@@ -35,7 +40,7 @@ def cross_matrix(a: Tensor, b: Tensor, u: Tensor | None = None, v: Tensor | None
     Returns:
         ``(..., d)`` and ``(..., p)``.
     """
-    product = a * b
+    product = at_least_single(a) * at_least_single(b)
     rows = product.sum(dim=-1) if v is None else (product @ v[..., None])[..., 0]
     columns = product.sum(dim=-2) if u is None else (u[..., None, :] @ product)[..., 0, :]
     return rows, columns

@@ -3,8 +3,8 @@
 Measured is the whole learned step without projection and retraction: statistics, network, scaling, with the state
 updated in place, for the 53 convolution weights of ResNet-50 (He et al. 2016) and for the matrices of a transformer of
 12 layers and width 768 (Devlin et al. 2019). The least that a step without momentum can do is read the gradients
-(statistics), read them again and write the directions (scaling), and read and write its own state; with momentum also
-read it twice and write it. How long that takes is told by the measured speed of copying the same tensors.
+(statistics), read them again and write the directions (scaling), and read and write the network's state; with momentum
+also read it twice and write it. How long that takes is told by the measured speed of copying the same tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from subspace_kernels import Layout
+from subspace_kernels import Layout, launch
 from torch import Tensor
 
 from subspace_meta.adapter.base import BaseAdapter
@@ -29,18 +29,6 @@ def transformer_shapes(layers: int = 12, width: int = 768) -> list[tuple[int, in
 
 
 SETS = {"ResNet-50, 53 convolutions": tall_shapes, "transformer, 12 layers of width 768": transformer_shapes}
-
-
-def state_bytes(adapter: BaseAdapter, layout: Layout) -> int:
-    """Return the bytes of the adapter's state but the momentum."""
-    state = adapter.init(layout, [torch.empty(shape, device="meta") for shape in layout.shapes])
-    return sum(4 * value.numel() for value in (state.fast, state.slow, state.peak, state.hidden, state.cell))
-
-
-def minimum_bytes(adapter: BaseAdapter, layout: Layout) -> int:
-    """Return the least bytes that a step reads and writes."""
-    passes = 7 if adapter.momentum_decay else 3
-    return passes * 4 * layout.entries + 2 * state_bytes(adapter, layout)
 
 
 def learned_step(adapter: BaseAdapter, gradients: Sequence[Tensor]) -> Callable[[], None]:
@@ -63,6 +51,35 @@ def _adam(gradients: Sequence[Tensor], foreach: bool) -> Callable[[], object]:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     return torch.optim.Adam(parameters, foreach=foreach, fused=not foreach).step
+
+
+def kernel_traffic(adapter: BaseAdapter) -> list[dict[str, Any]]:
+    """Return what the Triton kernels move in a step, counted from their plans, and their launches.
+
+    Returns:
+        One record a set: bytes, their ratio to the least, buckets, kernels a bucket, launches of a step.
+    """
+    records = []
+    for title, shapes in SETS.items():
+        layout = Layout(tuple(shapes()))
+        for name, momentum in (("without momentum", False), ("with momentum", True)):
+            parts = launch.traffic(layout, momentum, hidden=adapter.hidden)
+            moved = sum(part.read + part.written for part in parts)
+            buckets = {(part.bucket, part.tile) for part in parts if part.bucket is not None}
+            records.append(
+                {
+                    "what": f"{title}: step {name}",
+                    "bytes": moved,
+                    "ratio": moved / launch.minimum_bytes(layout, momentum, hidden=adapter.hidden),
+                    "buckets": len(buckets),
+                    "launches": sum(part.launches for part in parts),
+                    "by_kernel": [
+                        {"kernel": part.kernel, "tile": part.tile, "read": part.read, "written": part.written}
+                        for part in parts
+                    ],
+                }
+            )
+    return records
 
 
 def bench_step(adapter: BaseAdapter, rounds: int = 20) -> list[dict[str, Any]]:
@@ -100,7 +117,7 @@ def bench_step(adapter: BaseAdapter, rounds: int = 20) -> list[dict[str, Any]]:
         )
         bandwidth = 8 * layout.entries / seconds["copy"]
         for name, chosen in (("without momentum", light), ("with momentum", adapter)):
-            least = minimum_bytes(chosen, layout)
+            least = launch.minimum_bytes(layout, bool(chosen.momentum_decay), hidden=adapter.hidden)
             peers = {
                 f"minimum traffic, {least / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s": least / bandwidth,
                 "torch Adam, foreach": seconds["Adam foreach"],
