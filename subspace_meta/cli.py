@@ -417,7 +417,7 @@ def bench_step_command(
     for record in kernels:
         typer.echo(
             f"{record['what']}: on a GPU {record['bytes'] / 1e6:.1f} MB a step, {record['ratio']:.3f} of the least; "
-            f"{record['buckets']} buckets, {record['launches']} launches"
+            f"{record['launches']} launches (2 a bucket, {record['buckets']} in use, and 3)"
         )
 
 
