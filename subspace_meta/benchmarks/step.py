@@ -57,7 +57,7 @@ def kernel_traffic(adapter: BaseAdapter) -> list[dict[str, Any]]:
     """Return what the Triton kernels move in a step, counted from their plans, and their launches.
 
     Returns:
-        One record a set: bytes, their ratio to the least, buckets, launches of a step, and what each kernel reads and writes.
+        One record a set: bytes, their ratio to the least, buckets, launches of a step; what each kernel reads, writes.
     """
     records = []
     for title, shapes in SETS.items():
