@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from subspace_kernels import native
 
 from subspace_meta._version import __version__
 from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights, write_atomically
@@ -411,7 +412,8 @@ def bench_step_command(
     assert isinstance(adapter, BaseAdapter)
     records, kernels = bench_step(adapter, rounds), kernel_traffic(adapter)
     if as_json:
-        typer.echo(json.dumps({"environment": environment(), "records": records, "kernels": kernels}))
+        described = {**environment(), "cpu_kernels": "native" if native.library() else "torch"}
+        typer.echo(json.dumps({"environment": described, "records": records, "kernels": kernels}))
         return
     _print_times("CPU seconds of one learned step without retraction, one thread, least of several", records)
     for record in kernels:

@@ -149,6 +149,8 @@ class Geometry:
             chosen = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)), Euclidean())
             rule = chosen if isinstance(chosen, Rule) else Rule(chosen)
             shape = tuple(tensor.shape)
+            if 0 in shape:
+                raise ValueError(f"parameter {name!r} of shape {shape} has no entries; leave it out")
             try:
                 view = rule.view or default_view(shape, rule.manifold)
                 matrix_shape = tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -61,7 +62,7 @@ inline void totals(const Vec* sums, float* to) {
     std::memcpy(to, &result, 8 * sizeof(float));
 }
 
-// Store past the caches: what is written is not read again soon, and its line need not be fetched first.
+// Store past the caches, which hold less than all directions: its line need not be fetched first.
 inline void stream(float* to, Vec value) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, (__m512)value);
@@ -96,7 +97,7 @@ inline Vec clamp(Vec x, float low, float high) {
 inline Vec power_of_two(Int n) { return (Vec)((n + 127) << 23); }
 
 // exp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients of Moshier's Cephes library), relative error 2e-7.
-// Good for |x| < 87; NaN stays NaN.
+// Good from -87 to 88, which is as far as exp is a normal number; NaN stays NaN.
 inline Vec bounded_exp(Vec x) {
     const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     const Vec shifted = x * 1.44269504088896341f + magic;
@@ -131,10 +132,14 @@ inline Vec log_of(Vec given) {
     return given < INFINITY ? result : given;
 }
 
-// ROWS rows at once: each column's sum is loaded and stored once for all of them.
+// Sums of float32 numbers are taken in float32 over so many at most, and those sums in double.
+constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 4096;
+
+// ROWS rows of at most BLOCK_COLUMNS columns at once: each column's sum is loaded and stored once for all of them. Adds to
+// `rows` (KINDS, ROWS) and to `columns` (KINDS, stride).
 template <int ROWS, bool MOMENTUM>
 inline void statistics_of(const float* r, int64_t r_pitch, const float* m, int64_t m_pitch, float* moved,
-                          int64_t moved_pitch, int64_t width, float weight, float* rows, float* columns,
+                          int64_t moved_pitch, int64_t width, float weight, double* rows, float* columns,
                           int64_t stride) {
     constexpr int KINDS = MOMENTUM ? 3 : 1;
     Vec sums[KINDS][ROWS] = {};
@@ -183,7 +188,7 @@ inline void statistics_of(const float* r, int64_t r_pitch, const float* m, int64
             totals(sums[kind], sum);
         else
             for (int q = 0; q < ROWS; q++) sum[q] = total(sums[kind][q]);
-        for (int q = 0; q < ROWS; q++) rows[kind * stride + q] = (sum[q] + rest[kind][q]) / width;
+        for (int q = 0; q < ROWS; q++) rows[kind * ROWS + q] += sum[q] + rest[kind][q];
     }
 }
 
@@ -192,24 +197,39 @@ void all_statistics(int64_t count, const float* const* r, const int64_t* r_pitch
                     const int64_t* m_pitch, float* const* moved, const int64_t* moved_pitch, const int64_t* d,
                     const int64_t* p, float weight, float* const* rows, float* const* columns, int64_t stride,
                     [[maybe_unused]] int threads) {
-    constexpr int ROWS = 8;
     constexpr int KINDS = MOMENTUM ? 3 : 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < count; k++) {
         const int64_t height = d[k], width = p[k];
-        for (int kind = 0; kind < KINDS; kind++) std::fill_n(columns[k] + kind * stride, width, 0.0f);
         const int64_t mp = MOMENTUM ? m_pitch[k] : 0, op = MOMENTUM ? moved_pitch[k] : 0;
         const float* from = MOMENTUM ? m[k] : nullptr;
         float* to = MOMENTUM ? moved[k] : nullptr;
-        int64_t i = 0;
-        for (; i + ROWS <= height; i += ROWS)
-            statistics_of<ROWS, MOMENTUM>(r[k] + i * r_pitch[k], r_pitch[k], from + i * mp, mp, to + i * op, op, width,
-                                          weight, rows[k] + i, columns[k], stride);
-        for (; i < height; i++)
-            statistics_of<1, MOMENTUM>(r[k] + i * r_pitch[k], r_pitch[k], from + i * mp, mp, to + i * op, op, width,
-                                       weight, rows[k] + i, columns[k], stride);
+        std::vector<float> block(KINDS * width, 0.0f);
+        std::vector<double> all(KINDS * width, 0.0);
+        auto some = [&](auto rows_at_once, int64_t i) {
+            constexpr int ROWS = decltype(rows_at_once)::value;
+            double sum[KINDS * ROWS] = {};
+            for (int64_t j = 0; j < width; j += BLOCK_COLUMNS)
+                statistics_of<ROWS, MOMENTUM>(r[k] + i * r_pitch[k] + j, r_pitch[k], from + i * mp + j, mp,
+                                              to + i * op + j, op, std::min(BLOCK_COLUMNS, width - j), weight, sum,
+                                              block.data() + j, width);
+            for (int kind = 0; kind < KINDS; kind++)
+                for (int q = 0; q < ROWS; q++)
+                    rows[k][kind * stride + i + q] = (float)(sum[kind * ROWS + q] / width);
+        };
+        for (int64_t start = 0; start < height; start += BLOCK_ROWS) {
+            const int64_t stop = std::min(start + BLOCK_ROWS, height);
+            int64_t i = start;
+            for (; i + 8 <= stop; i += 8) some(std::integral_constant<int, 8>(), i);
+            for (; i < stop; i++) some(std::integral_constant<int, 1>(), i);
+            for (int64_t j = 0; j < KINDS * width; j++) {
+                all[j] += block[j];
+                block[j] = 0.0f;
+            }
+        }
         for (int kind = 0; kind < KINDS; kind++)
-            for (int64_t j = 0; j < width; j++) columns[k][kind * stride + j] /= height;
+            for (int64_t j = 0; j < width; j++)
+                columns[k][kind * stride + j] = (float)(all[kind * width + j] / height);
     }
 }
 
@@ -288,7 +308,7 @@ void coordinates_of(const Layer& layer, const State& state, int64_t first, int c
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
             // sigmoid(x) = 1 / (1 + e^-x), tanh(x) = (1 - e^-2x) / (1 + e^-2x); one division for three gates. Clamped so
-            // that three factors do not overflow; beyond that both functions are constant in float32.
+            // that three factors do not overflow; beyond that both are constant in float32, but for less than 1e-12.
             const Vec enter = 1.0f + bounded_exp(clamp(-gate[0][v], -28.0f, 28.0f));
             const Vec forget = 1.0f + bounded_exp(clamp(-gate[1][v], -28.0f, 28.0f));
             const Vec candidate = bounded_exp(clamp(-2.0f * gate[2][v], -28.0f, 28.0f));
@@ -315,7 +335,7 @@ void coordinates_of(const Layer& layer, const State& state, int64_t first, int c
         if (o == 0)
             for (int v = 0; v < VECTORS; v++) {
                 for (int k = 0; k < E; k++) sum[v] += layer.skip[k] * load(inputs + k * WIDTH + v * LANES);
-                sum[v] = bounded_exp(clamp(sum[v], -80.0f, 80.0f));
+                sum[v] = bounded_exp(clamp(sum[v], -87.0f, 88.0f));
             }
         for (int v = 0; v < VECTORS; v++) store(outputs + v * LANES, sum[v]);
         give(outputs, state.output + o * N);
@@ -327,7 +347,7 @@ void coordinates_of(const Layer& layer, const State& state, int64_t first, int c
 extern "C" {
 
 // Row and column means of R * R: reads 4 d p bytes a matrix.
-void subspace_energies(int64_t count, const float* const* r, const int64_t* r_pitch, const int64_t* d, const int64_t* p,
+void subspace_energy_means(int64_t count, const float* const* r, const int64_t* r_pitch, const int64_t* d, const int64_t* p,
                        float* const* rows, float* const* columns, int threads) {
     all_statistics<false>(count, r, r_pitch, nullptr, nullptr, nullptr, nullptr, d, p, 0.0f, rows, columns, 0, threads);
 }
@@ -348,12 +368,17 @@ void subspace_segment_means(int64_t count, const int64_t* size, const float* val
     for (int64_t kind = 0; kind < kinds; kind++) {
         const float* from = values + kind * stride;
         for (int64_t k = 0; k < count; k++) {
-            Vec sum = {};
-            float rest = 0.0f;
-            int64_t i = 0;
-            for (; i + LANES <= size[k]; i += LANES) sum += load(from + i);
-            for (; i < size[k]; i++) rest += from[i];
-            means[kind * count + k] = (total(sum) + rest) / size[k];
+            double sum = 0.0;
+            for (int64_t start = 0; start < size[k]; start += BLOCK_COLUMNS) {
+                const int64_t stop = std::min(start + BLOCK_COLUMNS, size[k]);
+                Vec lanes = {};
+                float rest = 0.0f;
+                int64_t i = start;
+                for (; i + LANES <= stop; i += LANES) lanes += load(from + i);
+                for (; i < stop; i++) rest += from[i];
+                sum += total(lanes) + rest;
+            }
+            means[kind * count + k] = (float)(sum / size[k]);
             from += size[k];
         }
     }
@@ -426,26 +451,29 @@ void subspace_directions(int64_t count, const float* const* r, const int64_t* r_
             float* to = out[k] + i * out_pitch[k];
             const float row = rows[k][i];
             const bool streaming = past_caches && (reinterpret_cast<uintptr_t>(to) % (4 * LANES)) == 0;
-            Vec sum = {};
-            float rest = 0.0f;
-            auto one = [&](int64_t j) {
-                Vec value = load(x + j);
-                if (m) value += share * (load(y + j) - value);
-                value *= row * load(scale + j);
-                sum += value * value;
-                return value;
-            };
-            int64_t j = 0;
-            if (streaming)
-                for (; j + LANES <= width; j += LANES) stream(to + j, one(j));
-            else
-                for (; j + LANES <= width; j += LANES) store(to + j, one(j));
-            for (; j < width; j++) {
-                const float mixed = m ? x[j] + share * (y[j] - x[j]) : x[j];
-                to[j] = mixed * (row * scale[j]);
-                rest += to[j] * to[j];
+            for (int64_t first = 0; first < width; first += BLOCK_COLUMNS) {
+                const int64_t stop = std::min(first + BLOCK_COLUMNS, width);
+                Vec sum = {};
+                float rest = 0.0f;
+                auto one = [&](int64_t j) {
+                    Vec value = load(x + j);
+                    if (m) value += share * (load(y + j) - value);
+                    value = (row * value) * load(scale + j);
+                    sum += value * value;
+                    return value;
+                };
+                int64_t j = first;
+                if (streaming)
+                    for (; j + LANES <= stop; j += LANES) stream(to + j, one(j));
+                else
+                    for (; j + LANES <= stop; j += LANES) store(to + j, one(j));
+                for (; j < stop; j++) {
+                    const float mixed = m ? x[j] + share * (y[j] - x[j]) : x[j];
+                    to[j] = (row * mixed) * scale[j];
+                    rest += to[j] * to[j];
+                }
+                square += total(sum) + rest;
             }
-            square += total(sum) + rest;
         }
         squares[k] = (float)(square / width);
         if (past_caches) fence();

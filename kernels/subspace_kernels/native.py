@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -48,7 +49,7 @@ def _build() -> Path:
     Raises:
         RuntimeError: there is no compiler, or it failed; the message holds what it said.
     """
-    chosen = os.environ.get("CXX")
+    chosen = os.environ.get("CXX", "").strip()
     compiler = chosen or next((name for name in ("g++", "clang++") if shutil.which(name)), None)
     if compiler is None:
         raise RuntimeError("no C++ compiler found (set CXX, or install g++ or clang++)")
@@ -62,7 +63,7 @@ def _build() -> Path:
         made = Path(scratch) / "native.so"
         said = ""
         for extra in (OPTIONAL_FLAGS, ()):
-            command = [*compiler.split(), *FLAGS, *extra, "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
+            command = [*shlex.split(compiler), *FLAGS, *extra, "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
             except OSError as error:
@@ -80,7 +81,12 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("SUBSPACE_KERNELS_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_build()))
+        path = _build()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged: once more
+            path.unlink()
+            return ctypes.CDLL(str(_build()))
     except (RuntimeError, OSError) as error:
         warnings.warn(f"the CPU kernels run as plain torch, which is slower: {error}", RuntimeWarning, stacklevel=2)
         return None
@@ -133,7 +139,7 @@ def readable(tensors: Sequence[Tensor]) -> list[Tensor]:
     fitting = []
     for tensor in tensors:
         if tensor.ndim > 3:
-            tensor = tensor.reshape(-1, *tensor.shape[-2:])
+            tensor = tensor.flatten(0, -3)
         fitting.append(tensor if _rows_adjacent(tensor) else tensor.contiguous())
     return fitting
 
@@ -144,6 +150,32 @@ def _array(values: np.ndarray) -> ctypes.c_void_p:
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _new(*shape: int) -> Tensor:
+    """Return an uninitialised tensor; type and device are said, because the user may have changed the defaults."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _check(what: str, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+    """Raise ``ValueError`` unless these are float32 tensors on the CPU of these shapes: pointers forgive nothing."""
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{what}: {len(tensors)} tensors given, the layout has {len(shapes)} groups")
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tensor.shape != torch.Size(shape) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{what}: shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} given, "
+                f"{tuple(shape)}, torch.float32 on cpu expected"
+            )
+
+
+def _written_to(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that these were written, so that a graph that has saved them raises instead of being wrong."""
+    increment = getattr(torch.autograd.graph, "increment_version", None)
+    if increment is not None:
+        for tensor in tensors:
+            if not tensor.is_inference():
+                increment(tensor)
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -171,12 +203,13 @@ def _threads(entries: int) -> ctypes.c_int:
 def energy_means(r: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return the packed row and column means of R * R, ``(N,)``."""
     plan = plan_of(layout)
+    _check("matrices", r, layout.shapes)
     r = readable(r)
-    means = torch.empty(layout.rows + layout.columns)
+    means = _new(layout.rows + layout.columns)
     address, pitch = plan.addresses(r)
     rows, columns = means.data_ptr() + plan.row, means.data_ptr() + 4 * layout.rows + plan.column
     threads = _threads(layout.entries)
-    _call("subspace_energies", plan.count, address, pitch, plan.d, plan.p, rows, columns, threads)
+    _call("subspace_energy_means", plan.count, address, pitch, plan.d, plan.p, rows, columns, threads)
     return means
 
 
@@ -185,33 +218,37 @@ def moments(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the new momentum (written over ``m`` where ``in_place``) and three packed means ``(3, N)``."""
     plan = plan_of(layout)
-    moved = _written(m) if in_place else [torch.empty(x.shape) for x in m]
+    _check("gradients", r, layout.shapes)
+    _check("momentum", m, layout.shapes)
+    moved = _written(m) if in_place else [_new(*x.shape) for x in m]
     r, m, to = readable(r), readable(m), readable(moved)
     coordinates = layout.rows + layout.columns
-    means = torch.empty(3, coordinates)
+    means = _new(3, coordinates)
     rows, columns = means.data_ptr() + plan.row, means.data_ptr() + 4 * layout.rows + plan.column
     pairs = [array for tensors in (r, m, to) for array in plan.addresses(tensors)]
     threads = _threads(layout.entries)
     scalar = ctypes.c_float(float(weight))
     _call("subspace_moments", plan.count, *pairs, plan.d, plan.p, scalar, rows, columns, coordinates, threads)
+    if in_place:
+        _written_to(moved)
     return moved, means
 
 
 def row_means(rows: Tensor, layout: Layout) -> Tensor:
     """Return the means over the rows of every matrix, ``(k, rows)`` to ``(k, B)``."""
-    plan = plan_of(layout)
-    return _segment_means(rows, plan.segments[: plan.count])
+    _check("values of rows", [rows], [(len(rows), layout.rows)])
+    return _segment_means(rows, plan_of(layout).d)
 
 
 def column_means(columns: Tensor, layout: Layout) -> Tensor:
     """Return the means over the columns of every matrix, ``(k, columns)`` to ``(k, B)``."""
-    plan = plan_of(layout)
-    return _segment_means(columns, plan.segments[plan.count :])
+    _check("values of columns", [columns], [(len(columns), layout.columns)])
+    return _segment_means(columns, plan_of(layout).p)
 
 
 def _segment_means(values: Tensor, sizes: np.ndarray) -> Tensor:
     values = values if values.stride(-1) == 1 else values.contiguous()
-    means = torch.empty(len(values), len(sizes))
+    means = _new(len(values), len(sizes))
     _call("subspace_segment_means", len(sizes), sizes, values, len(values), values.stride(0), means)
     return means
 
@@ -223,15 +260,31 @@ def lstm_cell(
     plan = plan_of(layout)
     network = Network(*(weight.contiguous() for weight in network))
     inputs = Inputs(*(value.contiguous() for value in inputs))
-    units, coordinates = hidden.shape
+    units, coordinates = network.head_weight.shape[1], layout.rows + layout.columns
     outputs = len(network.head_bias) // 2
+    energies, raw, context = (len(value) for value in (inputs.energies, inputs.raw, inputs.context))
+    fan_in = energies + raw + context + 1 + units
+    _check(
+        "weights of the network",
+        network,
+        ((4 * units, fan_in), (4 * units, 1), (2 * outputs, units), (2 * outputs, 1), (2, energies)),
+    )
+    matrices = layout.matrices
+    _check(
+        "inputs of the network",
+        inputs,
+        ((energies, coordinates), (energies, matrices), (raw, coordinates), (context, matrices)),
+    )
+    _check("state of the network", (hidden, cell), [(units, coordinates)] * 2)
     in_place = in_place and hidden.is_contiguous() and cell.is_contiguous()
-    new = (hidden, cell) if in_place else (torch.empty(hidden.shape), torch.empty(cell.shape))
-    output = torch.empty(outputs, coordinates)
-    sizes = (len(inputs.energies), len(inputs.raw), len(inputs.context), units, outputs)
+    new = (hidden, cell) if in_place else (_new(*hidden.shape), _new(*cell.shape))
+    output = _new(outputs, coordinates)
+    sizes = (energies, raw, context, units, outputs)
     threads = _threads(4 * units * coordinates)
     old = (hidden.contiguous(), cell.contiguous())
     _call("subspace_lstm_cell", plan.count, plan.segments, *sizes, *inputs, *network, *old, output, *new, threads)
+    if in_place:
+        _written_to(new)
     return output, *new
 
 
@@ -245,7 +298,14 @@ def directions(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the scaled directions (written into ``out`` if given) and their mean squared column lengths ``(B,)``."""
     plan = plan_of(layout)
-    made = [torch.empty(x.shape) for x in r] if out is None else _written(out)
+    _check("gradients", r, layout.shapes)
+    if mix is not None:
+        _check("momentum", m, layout.shapes)
+        _check("mix", [mix], [(layout.matrices,)])
+    _check("scale", [scale], [(layout.rows + layout.columns,)])
+    if out is not None:
+        _check("out", out, layout.shapes)
+    made = [_new(*x.shape) for x in r] if out is None else _written(out)
     r, m, to = readable(r), readable(m), readable(made)
     read = {x.data_ptr() for x in (*r, *m)}
     past_caches = 4 * layout.entries > CACHES and not any(x.data_ptr() in read for x in to)
@@ -253,7 +313,7 @@ def directions(
     momentum: tuple[object, object] = (nothing, nothing) if mix is None else plan.addresses(m)
     scale = scale.contiguous()
     rows, columns = scale.data_ptr() + plan.row, scale.data_ptr() + 4 * layout.rows + plan.column
-    squares = torch.empty(layout.matrices)
+    squares = _new(layout.matrices)
     _call(
         "subspace_directions",
         plan.count,
@@ -269,12 +329,14 @@ def directions(
         ctypes.c_int(past_caches),
         _threads(layout.entries),
     )
+    if out is not None:
+        _written_to(made)
     return made, squares
 
 
 def _written(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors themselves where native.cpp can write them in place, new ones elsewhere."""
-    return [x if _rows_adjacent(x) else torch.empty(x.shape) for x in tensors]
+    return [x if _rows_adjacent(x) else _new(*x.shape) for x in tensors]
 
 
 def _rows_adjacent(tensor: Tensor) -> bool:

@@ -1,14 +1,8 @@
 """Which implementation runs: kernels where nothing is differentiated or traced, the torch reference elsewhere.
 
-| tensors | eager, no derivative | eager autograd | compiled, no derivative | transforms; compiled derivative |
-|---|---|---|---|---|
-| CPU, float32 | native.cpp | reference | reference | reference |
-| CUDA or ROCm with Triton | Triton | Triton, forward and backward | Triton | reference |
-| others | reference | reference | reference | reference |
-
-Transforms are those of ``torch.func``, and forward-mode derivatives. The reference is what the compiler fuses, and what
-has derivatives of every order. A kernel is never called on a tensor that a transform has wrapped: measured, a custom
-operator with a registered derivative raises under ``torch.func.grad`` and is silently wrong under ``jvp``.
+``docs/kernels.md`` has the table. The reference is what the compiler fuses, and what has derivatives of every order. A
+kernel is never called on a tensor that a transform has wrapped: measured, a custom operator with a registered
+derivative raises under ``torch.func.grad`` and is silently wrong under ``jvp``.
 
 Derivatives of the kernels: those of ``cross`` and ``rank2`` are each other, so any order of eager autograd runs them;
 that of ``lstm_cell`` recomputes the reference (its forward keeps nothing but its inputs).
@@ -72,12 +66,17 @@ def _differentiated(tensors: Sequence[Tensor]) -> bool:
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Return whether these are tensors with values of their own: no trace, transform, mode, dual number or subclass."""
+    """Return whether these are tensors with values in memory as they are: no trace, transform, mode, dual number,
+    subclass, lazy sign or lazy zero."""
     return (
         not is_compiling()
         and not _transformed()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and torch._C._get_tracing_state() is None  # torch.jit.trace
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and not (tensor.is_neg() or tensor._is_zerotensor())
+            for tensor in tensors
+        )
     )
 
 
@@ -138,6 +137,10 @@ class _Rank2(torch.autograd.Function):
         return of_a, of_v, of_u, of_b, *of_matrices
 
 
+def _outputs(network: Network) -> int:
+    return len(network.head_bias) // 2
+
+
 def _parts(tensors: Sequence[Tensor]) -> tuple[Network, Inputs, Tensor, Tensor]:
     """Sort network, inputs, hidden and cell that came as one list."""
     return Network(*tensors[:5]), Inputs(*tensors[5:9]), tensors[9], tensors[10]
@@ -157,7 +160,8 @@ class _LstmCell(torch.autograd.Function):
         tensors = ctx.saved_tensors
         create = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = tensors if create else [tensor.detach().requires_grad_() for tensor in tensors]
+            # Views: where one input depends on another, a derivative counts the way through this operation only.
+            inputs = [tensor.view_as(tensor) if create else tensor.detach().requires_grad_() for tensor in tensors]
             outputs = reference.lstm_cell(*_parts(inputs), ctx.layout)
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
             found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=create, allow_unused=True))
@@ -165,6 +169,7 @@ class _LstmCell(torch.autograd.Function):
 
 
 def _applied(function: Any, *arguments: Any) -> Any:
+    """Apply an autograd.Function, whose ``apply`` has no types."""
     return function.apply(*arguments)
 
 
@@ -197,7 +202,7 @@ def rank2(x: Sequence[Tensor], a: Tensor, v: Tensor, u: Tensor | None = None, b:
 def cross_means(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return the packed row and column means of A * B; see ``reference.cross_means``."""
     route = "reference" if layout.padded_from else _route(a, b)
-    if route == "native" and a is b:
+    if route == "native" and all(x is y for x, y in zip(a, b, strict=True)):
         return native.energy_means(a, layout)
     if route == "device":
         return _launch().cross_means(a, b, layout)
@@ -226,13 +231,9 @@ def moments(
         return native.moments(r, m, weight, layout, in_place)
     if route == "device":
         return _launch().moments(r, m, weight, layout, m if in_place else None)
-    if route == "autograd":
-        momentum = [old + weight * (new - old) for old, new in zip(m, r, strict=True)]
-        pairs = ((r, r), (momentum, momentum), (r, momentum))
-        return momentum, torch.stack([cross_means(a, b, layout) for a, b in pairs])
     if route == "compiled":
         return torch.ops.subspace_kernels.moments(list(r), list(m), weight)
-    return reference.moments(r, m, weight, layout)
+    return reference.moments(r, m, weight, layout, cross_means if route == "autograd" else reference.cross_means)
 
 
 @functools.lru_cache(maxsize=64)
@@ -278,7 +279,11 @@ def lstm_cell(
     if route == "native":
         return native.lstm_cell(network, inputs, hidden, cell, layout, in_place)
     if route == "device":
-        return _launch().lstm_cell(network, inputs, hidden, cell, layout)
+        # The new hidden units must not be written over the old ones, which other units still read; cells may be.
+        out = (
+            (hidden.new_empty(_outputs(network), hidden.shape[1]), torch.empty_like(hidden), cell) if in_place else None
+        )
+        return _launch().lstm_cell(network, inputs, hidden, cell, layout, out)
     if route == "autograd":
         return _applied(_LstmCell, layout, *network, *inputs, hidden, cell)
     if route == "compiled":
@@ -304,19 +309,9 @@ def directions(
         return native.directions(r, m, mix, scale, layout, out)
     if route == "device":
         return _launch().directions(r, m, mix, scale, layout, out)
-    if route == "autograd":
-        mixed = list(r) if mix is None else _mixed(r, m, mix, layout)
-        scaled = rank2(mixed, scale[: layout.rows], scale[layout.rows :])
-        squares = [d.square().sum(dim=(-2, -1)).reshape(-1) / d.shape[-1] for d in scaled]
-        return scaled, torch.cat(squares)
     if route == "compiled":
         return torch.ops.subspace_kernels.directions(list(r), list(m), mix, scale)
-    return reference.directions(r, m, mix, scale, layout)
-
-
-def _mixed(r: Sequence[Tensor], m: Sequence[Tensor], mix: Tensor, layout: Layout) -> list[Tensor]:
-    groups = zip(r, m, layout.per_group(mix), strict=True)
-    return [torch.lerp(a, b, part[..., None, None]) for a, b, part in groups]
+    return reference.directions(r, m, mix, scale, layout, rank2 if route == "autograd" else reference.rank2)
 
 
 # The operators of compiled steps. They have no derivative and no batching rule: `_route` keeps them from both.
@@ -335,7 +330,8 @@ def _layout_from(shapes: Sequence[int]) -> Layout:
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return ``a`` if ``b`` holds the same tensors: an operator's arguments lose their identity."""
-    return a if all(x.data_ptr() == y.data_ptr() for x, y in zip(a, b, strict=True)) else b
+    pairs = zip(a, b, strict=True)
+    return a if all(x.data_ptr() == y.data_ptr() and x.stride() == y.stride() for x, y in pairs) else b
 
 
 def _coordinates(tensors: Sequence[Tensor]) -> tuple[int, int]:
@@ -367,7 +363,7 @@ def _rank2(x: Sequence[Tensor], a: Tensor, v: Tensor, u: Tensor | None, b: Tenso
 
 
 def _rank2_shapes(x: Sequence[Tensor], a: Tensor, v: Tensor, u: Tensor | None, b: Tensor | None) -> list[Tensor]:
-    return [torch.empty(part.shape, device=part.device) for part in x]
+    return [part.new_empty(part.shape, dtype=torch.float32) for part in x]
 
 
 def _moments(r: Sequence[Tensor], m: Sequence[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -388,7 +384,7 @@ def _directions_shapes(
     r: Sequence[Tensor], m: Sequence[Tensor], mix: Tensor | None, scale: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     count = sum(math.prod(part.shape[:-2]) for part in r)
-    return [torch.empty(part.shape, device=part.device) for part in r], scale.new_empty(count)
+    return [part.new_empty(part.shape, dtype=torch.float32) for part in r], scale.new_empty(count)
 
 
 def _lstm_cell(
@@ -400,8 +396,11 @@ def _lstm_cell(
 def _lstm_cell_shapes(
     network: Sequence[Tensor], inputs: Sequence[Tensor], hidden: Tensor, cell: Tensor, shapes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = network[3].shape[0] // 2
-    return hidden.new_empty(outputs, hidden.shape[1]), torch.empty_like(hidden), torch.empty_like(cell)
+    return (
+        hidden.new_empty(_outputs(Network(*network)), hidden.shape[1]),
+        torch.empty_like(hidden),
+        torch.empty_like(cell),
+    )
 
 
 def _define(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ Everything here works under ``torch.func`` transforms and ``torch.compile(fullgr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,11 +129,17 @@ def cross_means(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout) -> Ten
     return layout.pack(*zip(*means, strict=True))
 
 
-def moments(r: Sequence[Tensor], m: Sequence[Tensor], weight: Tensor, layout: Layout) -> tuple[list[Tensor], Tensor]:
+def moments(
+    r: Sequence[Tensor],
+    m: Sequence[Tensor],
+    weight: Tensor,
+    layout: Layout,
+    means: Callable[[Sequence[Tensor], Sequence[Tensor], Layout], Tensor] = cross_means,
+) -> tuple[list[Tensor], Tensor]:
     """Return M' = M + weight (R - M), and the packed means of R * R, M' * M' and R * M', ``(3, N)``."""
     momentum = [old + weight * (new - old) for old, new in zip(m, r, strict=True)]
     pairs = ((r, r), (momentum, momentum), (r, momentum))
-    return momentum, torch.stack([cross_means(a, b, layout) for a, b in pairs])
+    return momentum, torch.stack([means(a, b, layout) for a, b in pairs])
 
 
 def matrix_mean(values: Tensor, count: int) -> Tensor:
@@ -154,7 +160,12 @@ def column_means(columns: Tensor, layout: Layout) -> Tensor:
 
 
 def directions(
-    r: Sequence[Tensor], m: Sequence[Tensor], mix: Tensor | None, scale: Tensor, layout: Layout
+    r: Sequence[Tensor],
+    m: Sequence[Tensor],
+    mix: Tensor | None,
+    scale: Tensor,
+    layout: Layout,
+    scaling: Callable[[Sequence[Tensor], Tensor, Tensor], list[Tensor]] = rank2,
 ) -> tuple[list[Tensor], Tensor]:
     """Return D = diag(l) (R + mix (M - R)) diag(k) of every matrix, and the mean squared length of its columns.
 
@@ -166,13 +177,12 @@ def directions(
     Returns:
         The directions, and sum D^2 / p, ``(B,)``.
     """
-    row_scale, column_scale = layout.unpack(scale)
     if mix is None:
         mixed = list(r)
     else:
         mixes = layout.per_group(mix)
         mixed = [torch.lerp(a, b, part[..., None, None]) for a, b, part in zip(r, m, mixes, strict=True)]
-    scaled = [rank2_matrix(*group) for group in zip(mixed, row_scale, column_scale, strict=True)]
+    scaled = scaling(mixed, scale[: layout.rows], scale[layout.rows :])
     squares = [d.square().sum(dim=(-2, -1)).reshape(-1) / p for d, (_, p) in zip(scaled, layout.sizes, strict=True)]
     return scaled, torch.cat(squares)
 

@@ -61,8 +61,14 @@ def matrix_exponential(a: Tensor, max_norm: float) -> Tensor:
 
 
 def _start(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, raised to at least eps times the largest, and eigenvectors of the detached ``a``."""
-    values, vectors = torch.linalg.eigh(symmetric_part(a.detach()))
+    """Return eigenvalues, raised to at least eps times the largest, and eigenvectors of the detached ``a``.
+
+    A matrix that is not finite starts at the identity, because the decomposition would raise; the Newton steps, which
+    see ``a`` itself, make the result NaN.
+    """
+    constant = symmetric_part(a.detach())
+    finite = torch.isfinite(constant).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    values, vectors = torch.linalg.eigh(torch.where(finite, constant, identity_like(constant)))
     eps = torch.finfo(a.dtype).eps
     return torch.maximum(values, eps * values[..., -1:].clamp(min=eps)), vectors
 

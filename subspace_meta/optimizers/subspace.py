@@ -15,7 +15,7 @@ import torch
 from subspace_kernels import Layout
 from torch import Tensor
 
-from subspace_meta._tracing import is_compiling
+from subspace_meta._tracing import has_values, is_compiling
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.adapter.paper import PaperAdapter
@@ -106,7 +106,12 @@ class SubspaceOptimizer:
 
         The old state is of no use afterwards: its buffers are the new one's where kernels run. Gradients are left as
         they are. Nothing is differentiated through it.
+
+        Raises:
+            ValueError: a parameter has no memory of its own to be written (under a transform or in a trace).
         """
+        if not has_values(*params.values(), *grads.values()):
+            raise ValueError("update_ writes into the parameters; under a transform or in a trace use update")
         moved, state = self._step(grads, state, params, in_place=True)
         for name, tensor in self.geometry.scatter(moved).items():
             params[name].copy_(tensor)

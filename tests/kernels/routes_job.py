@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from making import lively_weights, normal, start
-from subspace_kernels import launch, operations
+from subspace_kernels import launch, operations, reference
 from torch.utils import _pytree as pytree
-from transform_matrix import OPERATIONS, TRANSFORMS, check
+from transform_matrix import LAYOUT, OPERATIONS, TRANSFORMS, check, lstm_parts
 
 import subspace_meta as sm
 
@@ -76,6 +76,32 @@ def backward_uses_the_other_kernel() -> None:
     counts, _ = launched(lambda: operations.rank2([a], u, v)[0].square().sum().backward())
     assert counts["cross_tiles"] == 1, counts
     assert counts["rank_tiles"] == 2, counts
+
+
+def inputs_that_depend_on_one_another() -> None:
+    """A derivative of the network counts the way through it only, also where one input is a function of another."""
+    network, inputs, _, cell = lstm_parts(normal(OPERATIONS["lstm_cell"][2], dtype=torch.float32))
+    cell = cell.detach().requires_grad_()
+
+    def twice(function):
+        outputs = function(network, inputs, torch.tanh(cell), cell, LAYOUT)
+        loss = torch.cat([part.reshape(-1) for part in outputs]).square().sum()
+        (first,) = torch.autograd.grad(loss, cell, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), cell)[0]
+
+    counts, found = launched(twice, operations.lstm_cell)
+    assert counts["lstm_cell"] == 1, counts
+    for mine, theirs in zip(found, twice(reference.lstm_cell), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def same_tensors_only() -> None:
+    """A matrix and its transposed view share an address, and are two."""
+    x = normal(4, 4, dtype=torch.float32)
+    with torch.no_grad():
+        (rows, columns) = torch.ops.subspace_kernels.cross([x], [x.mT], None, None)
+    torch.testing.assert_close(rows, (x * x.mT).sum(dim=1))
+    torch.testing.assert_close(columns, (x * x.mT).sum(dim=0))
 
 
 def optimizer_steps() -> None:
@@ -144,6 +170,8 @@ if __name__ == "__main__":
         operations_under_transforms,
         transforms_without_grad_mode,
         backward_uses_the_other_kernel,
+        inputs_that_depend_on_one_another,
+        same_tensors_only,
         optimizer_steps,
         first_order_meta_gradient,
     ):

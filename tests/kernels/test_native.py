@@ -1,7 +1,9 @@
 """The compiled CPU path against the torch reference in float64, on lists of matrices of any shapes."""
 
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -215,6 +217,115 @@ def test_an_empty_list_and_other_types_take_the_reference():
     assert not native.usable([torch.zeros(2, 2, dtype=torch.float64)])
     assert not native.usable([torch.zeros(2, 2, device="meta")])
     assert native.usable([torch.zeros(2, 2)])
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_defaults_of_the_user_do_not_matter(default):
+    r, layout = [single(20, 33, seed=1)], Layout(((20, 33),))
+    inputs, state = coordinate_inputs(layout, 1)
+    scale, weight = torch.exp(single(53, seed=2)), torch.tensor(0.3)
+    weights = network(1)
+
+    def everything():
+        made, squares = native.directions(r, [], None, scale, layout, None)
+        momentum, means = native.moments(r, r, weight, layout, False)
+        cell = native.lstm_cell(weights, inputs, *state, layout, False)
+        means_of_rows = native.row_means(scale[None, :20], layout)
+        return [native.energy_means(r, layout), *made, squares, *momentum, means, *cell, means_of_rows]
+
+    expected = everything()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with torch.device("meta"):
+            found = everything()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_does_not_fit_is_refused_before_a_pointer_is_followed():
+    r, layout = [single(6, 4, seed=1)], Layout(((6, 4),))
+    scale = torch.ones(10)
+    inputs, state = coordinate_inputs(layout, 1)
+    wrong = Layout(((6, 400),))
+    refused = {
+        "matrices": lambda: operations.cross_means(r, r, wrong),
+        "momentum": lambda: operations.moments(r, [single(6, 5, seed=1)], torch.tensor(0.5), layout),
+        "gradients: 1 tensors given, the layout has 2 groups": lambda: operations.moments(
+            r, r, torch.tensor(0.5), Layout(((6, 4), (2, 2)))
+        ),
+        "scale": lambda: operations.directions(r, [], None, scale[:4], layout),
+        "mix": lambda: operations.directions(r, r, torch.ones(3), scale, layout),
+        r"out: shape \(2, 4\)": lambda: operations.directions(r, [], None, scale, layout, [torch.zeros(2, 4)]),
+        "out: .*float64": lambda: operations.directions(r, [], None, scale, layout, [r[0].double()]),
+        "state of the network": lambda: operations.lstm_cell(network(1), inputs, *(x[:, 1:] for x in state), layout),
+        "weights of the network": lambda: operations.lstm_cell(
+            network(1)._replace(skip=torch.ones(2, 9)), inputs, *state, layout
+        ),
+        "inputs of the network": lambda: operations.lstm_cell(
+            network(1), inputs._replace(context=torch.ones(CONTEXT, 7)), *state, layout
+        ),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_lazy_signs_zeros_and_recorded_traces_take_the_reference():
+    layout, scale = Layout(((6, 1),)), torch.ones(7)
+    imaginary = torch.complex(torch.zeros(6, 1), single(6, 1, seed=1)).conj().imag
+    assert imaginary.is_neg()
+    (made,), _ = operations.directions([imaginary], [], None, scale, layout)
+    torch.testing.assert_close(made, imaginary.clone())
+    zero = torch._efficientzerotensor((6, 1))
+    assert operations.cross_means([zero], [zero], layout).tolist() == [0.0] * 7
+    x = single(6, 1, seed=2)
+
+    def means(y):
+        return operations.cross_means([y], [y], layout)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, but people have it
+        traced = torch.jit.trace(means, (x,), check_trace=False)
+    torch.testing.assert_close(traced(2 * x), means(2 * x))
+
+
+@pytest.mark.parametrize("shape", [(3_000_000, 1), (1, 3_000_000), (200_000, 20)])
+def test_long_sums_keep_their_accuracy(shape):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    layout = Layout((shape,))
+    expected = reference.cross_means([x.double()], [x.double()], layout)
+    torch.testing.assert_close(native.energy_means([x], layout).double(), expected, rtol=1e-6, atol=0)
+    _, means = native.moments([x], [x.clone()], torch.tensor(0.5), layout, True)
+    torch.testing.assert_close(means[2].double(), expected, rtol=1e-6, atol=0)
+    ones = torch.ones(1, layout.rows)
+    assert native.row_means(ones, layout).item() == 1.0
+    _, squares = native.directions([x], [], None, torch.ones(sum(shape)), layout, None)
+    torch.testing.assert_close(squares.double(), (x.double().square().sum() / shape[1])[None], rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.autograd.graph, "increment_version"), reason="this torch cannot be told")
+def test_a_graph_that_saved_what_is_written_over_raises():
+    layout = Layout(((6, 4),))
+    inputs, (hidden, cell) = coordinate_inputs(layout, 1)
+    factor = torch.ones(1, requires_grad=True)
+    loss = (factor * hidden).square().sum()
+    native.lstm_cell(network(1), inputs, hidden, cell, layout, True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_damaged_library_is_built_anew(tmp_path):
+    code = "from subspace_kernels import native; print(native.library() is not None)"
+    environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path), PYTHONPATH=":".join(sys.path))
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout == "True\n", done.stderr
+        (library,) = (tmp_path / "subspace-kernels").glob("*.so")
+        library.write_bytes(b"not a library")
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path):

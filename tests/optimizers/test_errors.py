@@ -43,3 +43,31 @@ def test_gradients_that_do_not_fit(make, grads, message):
 def test_impossible_learning_rates(kind, lr):
     with pytest.raises(ValueError, match=f"the learning rate must be finite and not negative, got {lr}"):
         kind(problem()[0], lr)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_the_update_raises_nothing_about_values(value):
+    """On SPD too, whose retraction decomposes matrices: the bad parameter is lost, the others are not."""
+    params = {"s": torch.eye(3), "t": torch.eye(3), "w": torch.eye(6, 2)}
+    geometry = sm.Geometry.from_rules(params, {"s": sm.SPD(), "t": sm.SPD(), "w": sm.Stiefel()})
+    optimizer = sm.SubspaceOptimizer(geometry, sm.pretrained())
+    grads = {name: torch.ones_like(x) for name, x in params.items()}
+    expected, _ = optimizer.update(grads, optimizer.init(params), params)
+    grads["s"] = torch.full((3, 3), value)
+    found, _ = optimizer.update(grads, optimizer.init(params), params)
+    for name in ("t", "w"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert value == 1e30 or not found["s"].isfinite().all()
+
+
+def test_a_parameter_without_entries():
+    with pytest.raises(ValueError, match=r"parameter 'w' of shape \(0, 3\) has no entries"):
+        sm.Geometry.from_rules({"w": torch.empty(0, 3)})
+
+
+def test_a_step_in_place_under_a_transform():
+    geometry, params = problem()
+    optimizer = sm.SubspaceOptimizer(geometry, sm.pretrained())
+    state, grads = optimizer.init(params), {name: torch.ones_like(x)[None] for name, x in params.items()}
+    with pytest.raises(ValueError, match="update_ writes into the parameters; under a transform .* use update"):
+        torch.func.vmap(lambda g: optimizer.update_(g, state, params))(grads)
