@@ -141,7 +141,7 @@ def test_a_view_of_the_users_own():
             r"'w' of shape \(6, 2\) on Sti",
         ),
         ((1, 2, 1, 1, 1, 1), sm.Stiefel(), r"'w' of shape \(1, 2, 1, 1, 1, 1\) .* no matrix view is known for 6 dim"),
-        ((4, 0), sm.Stiefel(), r"'w' of shape \(4, 0\) on Stiefel: .*d >= p >= 1, got \(4, 0\)"),
+        ((4, 0), sm.Stiefel(), r"'w' of shape \(4, 0\) has no entries"),
     ],
 )
 def test_shapes_that_cannot_be(shape, rule, message):

@@ -69,5 +69,5 @@ def test_a_step_in_place_under_a_transform():
     geometry, params = problem()
     optimizer = sm.SubspaceOptimizer(geometry, sm.pretrained())
     state, grads = optimizer.init(params), {name: torch.ones_like(x)[None] for name, x in params.items()}
-    with pytest.raises(ValueError, match="update_ writes into the parameters; under a transform .* use update"):
+    with pytest.raises(ValueError, match=r"update_ writes into the parameters; under a transform .* use update"):
         torch.func.vmap(lambda g: optimizer.update_(g, state, params))(grads)

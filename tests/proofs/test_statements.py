@@ -673,7 +673,7 @@ class Scales:
         return ()
 
     def __call__(
-        self, weights: dict[str, Tensor], state: tuple[()], layout: Layout, gradients: list[Tensor]
+        self, weights: dict[str, Tensor], state: tuple[()], layout: Layout, gradients: list[Tensor], *where: Any
     ) -> tuple[list[Tensor], list[float], tuple[()]]:
         return [rank2_matrix(r, self.rows, self.columns) for r in gradients], [-self.length] * len(gradients), state
 
