@@ -12,25 +12,9 @@ Prints the survivors and exits with 1 if there is one, or if the tests fail with
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Mutant(NamedTuple):
-    """One seeded error: of which statement, in which file, what is replaced by what."""
-
-    statement: str
-    file: str
-    original: str
-    mutated: str
-
+from seeding import Mutant, hunt
 
 RETRACTIONS = "subspace_meta/manifolds/retractions.py"
 CANONICAL = "subspace_meta/manifolds/stiefel_canonical.py"
@@ -79,69 +63,5 @@ MUTANTS = (
 # fmt: on
 
 
-def run_tests(folder: Path, names: list[str]) -> bool:
-    """Run the tests of these statements in ``folder`` (all if empty); True if they pass."""
-    path = os.pathsep.join([str(folder), str(folder / "kernels")])
-    tests = [f"tests/proofs/test_statements.py::test_{name}" for name in names] or ["tests/proofs/test_statements.py"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/proofs/test_copy.py",
-        *tests,
-    ]
-    environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if finished.returncode not in (0, 1):
-        raise RuntimeError(finished.stdout + finished.stderr)
-    if "test_the_copy_is_what_runs" in finished.stdout:
-        raise RuntimeError("the tests do not run against the copy\n" + finished.stdout)
-    return finished.returncode == 0
-
-
-def prepare(folder: Path) -> None:
-    """Copy both packages and the tests that are needed."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in ("subspace_meta", "kernels", "tests/proofs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("tests/conftest.py", "tests/making.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "tests" / "proofs" / "test_copy.py").write_text(
-        "import subspace_kernels\nimport subspace_meta\n\n\ndef test_the_copy_is_what_runs():\n"
-        f"    assert subspace_meta.__file__.startswith({str(folder)!r})\n"
-        f"    assert subspace_kernels.__file__.startswith({str(folder)!r})\n"
-    )
-
-
-def main(statements: list[str]) -> int:
-    """Run the mutants of ``statements`` (all if empty); return the exit code."""
-    mutants = [mutant for mutant in MUTANTS if not statements or mutant.statement in statements]
-    survivors = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        prepare(folder)
-        if not run_tests(folder, [mutant.statement for mutant in mutants]):
-            print("the tests fail without any mutant")
-            return 1
-        for mutant in mutants:
-            path = folder / mutant.file
-            source = path.read_text()
-            if source.count(mutant.original) == 0:
-                print(f"{mutant.file}: {mutant.original!r} is no longer in the source; renew this mutant")
-                return 1
-            path.write_text(source.replace(mutant.original, mutant.mutated))
-            killed = not run_tests(folder, [mutant.statement])
-            path.write_text(source)
-            print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.statement}: {mutant.file}", flush=True)
-            if not killed:
-                survivors.append(mutant)
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} killed")
-    return 0 if mutants and not survivors else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(hunt(MUTANTS, lambda name: [f"proofs/test_statements.py::test_{name}"], 1.0, sys.argv[1:]))
