@@ -33,15 +33,31 @@ from subspace_meta.manifolds import (
     StiefelCanonical,
     check_manifold,
 )
-from subspace_meta.optimizers import RASA, RSGD, Optimizer, RAdam, SubspaceOptimizer
+from subspace_meta.optimizers import (
+    POGO,
+    RASA,
+    RSDM,
+    RSGD,
+    SPEL,
+    CRMSProp,
+    Landing,
+    MatrixLSTM,
+    Optimizer,
+    RAdam,
+    SubspaceOptimizer,
+)
 from subspace_meta.optimizers.subspace import PRESETS
 from subspace_meta.weights import pretrained
 
 __all__ = [
+    "POGO",
     "PRESETS",
     "RASA",
+    "RSDM",
     "RSGD",
     "SPD",
+    "SPEL",
+    "CRMSProp",
     "Cayley",
     "CheckpointError",
     "CholeskyQR",
@@ -50,9 +66,11 @@ __all__ = [
     "Geometry",
     "Grassmann",
     "HouseholderQR",
+    "Landing",
     "Manifold",
     "ManifoldCheckError",
     "ManifoldReport",
+    "MatrixLSTM",
     "MatrixView",
     "Normalization",
     "Oblique",

@@ -15,7 +15,24 @@ MANIFOLDS = {
     "Stiefel, Newton-Schulz": sm.Stiefel(retraction=sm.PolarNewtonSchulz()),
     "Grassmann": sm.Grassmann(),
 }
-OPTIMIZERS = ("base", "paper", "RSGD", "RSGD momentum", "RAdam", "RASA-L", "RASA-R", "RASA-LR", "RASA decay")
+OPTIMIZERS = (
+    "base",
+    "paper",
+    "RSGD",
+    "RSGD momentum",
+    "RSGD Nesterov",
+    "RAdam",
+    "RAMSGrad",
+    "RASA-L",
+    "RASA-R",
+    "RASA-LR",
+    "RASA decay",
+    "CRMSProp",
+    "MatrixLSTM",
+)
+# Defined on matrices with orthonormal columns only; the first three leave them by a bounded distance.
+INFEASIBLE_OPTIMIZERS = ("Landing", "POGO", "POGO momentum")
+ORTHONORMAL_OPTIMIZERS = (*INFEASIBLE_OPTIMIZERS, "RSDM permutation", "RSDM orthogonal", "SPEL")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -39,16 +56,37 @@ def adapt_step(adapter, weights, state, layout, gradients):
     return [factor * direction for direction, factor in zip(directions, factors, strict=True)], state
 
 
+def lively_matrix_weights(geometry: sm.Geometry, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict:
+    """Return meta-parameters of the matrix LSTM in which no matrix is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = sm.MatrixLSTM.init_weights(geometry, generator)
+    noise = {
+        name: 0.3 * torch.randn(value.shape, generator=generator) / (value.shape or (1,))[-1] ** 0.5
+        for name, value in weights.items()
+    }
+    return {name: (value + noise[name]).to(dtype) for name, value in weights.items()}
+
+
 def make_optimizer(
     name: str, geometry: sm.Geometry, dtype: torch.dtype = torch.float64, lr: float = 1e-2, seed: int = 0
 ) -> sm.Optimizer:
-    """Return one of ``OPTIMIZERS``."""
+    """Return one of ``OPTIMIZERS`` or of ``ORTHONORMAL_OPTIMIZERS``."""
     if name in ("base", "paper"):
         return sm.SubspaceOptimizer(geometry, lively_weights(name, seed, dtype), name)
     return {
         "RSGD": lambda: sm.RSGD(geometry, lr),
         "RSGD momentum": lambda: sm.RSGD(geometry, lr, momentum=0.9),
+        "RSGD Nesterov": lambda: sm.RSGD(geometry, lr, momentum=0.9, nesterov=True),
         "RAdam": lambda: sm.RAdam(geometry, lr),
+        "RAMSGrad": lambda: sm.RAdam(geometry, lr, amsgrad=True),
+        "CRMSProp": lambda: sm.CRMSProp(geometry, lr),
+        "MatrixLSTM": lambda: sm.MatrixLSTM(geometry, lively_matrix_weights(geometry, seed, dtype), lr),
+        "Landing": lambda: sm.Landing(geometry, lr),
+        "POGO": lambda: sm.POGO(geometry, lr),
+        "POGO momentum": lambda: sm.POGO(geometry, lr, momentum=0.9),
+        "RSDM permutation": lambda: sm.RSDM(geometry, lr, size=3),
+        "RSDM orthogonal": lambda: sm.RSDM(geometry, lr, size=3, sampling="orthogonal"),
+        "SPEL": lambda: sm.SPEL(geometry, lr),
         "RASA-L": lambda: sm.RASA(geometry, lr, variant="L"),
         "RASA-R": lambda: sm.RASA(geometry, lr, variant="R"),
         "RASA-LR": lambda: sm.RASA(geometry, lr),

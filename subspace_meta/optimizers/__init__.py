@@ -1,9 +1,27 @@
 """Optimizers as pure functions: hand-made and learned, with one contract."""
 
 from subspace_meta.optimizers.base import Optimizer
+from subspace_meta.optimizers.landing import Landing
+from subspace_meta.optimizers.matrix_lstm import MatrixLSTM
+from subspace_meta.optimizers.pogo import POGO
 from subspace_meta.optimizers.radam import RAdam
 from subspace_meta.optimizers.rasa import RASA
+from subspace_meta.optimizers.rmsprop import CRMSProp
+from subspace_meta.optimizers.rsdm import RSDM
 from subspace_meta.optimizers.rsgd import RSGD
+from subspace_meta.optimizers.spel import SPEL
 from subspace_meta.optimizers.subspace import SubspaceOptimizer
 
-__all__ = ["RASA", "RSGD", "Optimizer", "RAdam", "SubspaceOptimizer"]
+__all__ = [
+    "POGO",
+    "RASA",
+    "RSDM",
+    "RSGD",
+    "SPEL",
+    "CRMSProp",
+    "Landing",
+    "MatrixLSTM",
+    "Optimizer",
+    "RAdam",
+    "SubspaceOptimizer",
+]

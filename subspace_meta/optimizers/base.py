@@ -15,6 +15,10 @@ from torch import Tensor
 
 from subspace_meta._tracing import has_values, is_compiling
 from subspace_meta.geometry import Geometry, Params
+from subspace_meta.manifolds import Manifold, Orthogonal, Rotations, Stiefel, StiefelCanonical
+
+# Manifolds whose points are all the matrices (or one component of them) with orthonormal columns.
+ORTHONORMAL: tuple[type[Manifold], ...] = (Stiefel, StiefelCanonical, Orthogonal, Rotations)
 
 
 class Optimizer(Protocol):
@@ -56,6 +60,48 @@ def check_rate(lr: float | Tensor) -> None:
         raise ValueError(f"the learning rate must be finite and not negative, got {lr}")
 
 
+def check_decay(name: str, decay: float) -> None:
+    """Raise ``ValueError`` unless ``decay``, the setting called ``name``, is in [0, 1)."""
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {decay}")
+
+
+def check_manifolds(geometry: Geometry, method: str, allowed: tuple[type[Manifold], ...] = ORTHONORMAL) -> None:
+    """Raise ``ValueError`` naming the first parameter that lives where ``method`` is not defined."""
+    for parameter in geometry.parameters:
+        if not isinstance(parameter.manifold, allowed):
+            raise ValueError(
+                f"{method} is defined on {', '.join(kind.__name__ for kind in allowed)}; parameter "
+                f"{parameter.name!r} is on {parameter.manifold.name}: give it to another optimizer"
+            )
+
+
+def check_weight_shapes(
+    weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], owner: str, settings: str = ""
+) -> None:
+    """Raise ``ValueError`` unless ``weights`` are the meta-parameters ``expected`` by ``owner``."""
+    if weights.keys() != expected.keys():
+        raise ValueError(
+            f"the weights are not those of {owner}: missing {sorted(expected.keys() - weights.keys())}, "
+            f"unknown {sorted(weights.keys() - expected.keys())}"
+        )
+    for name, shape in expected.items():
+        given = tuple(weights[name].shape)
+        if given != shape:
+            raise ValueError(f"weight {name!r} has shape {given}; {owner}{settings} needs {shape}")
+
+
+def check_weight_dtype(weights: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` naming the first parameter whose dtype is not that of the weights."""
+    dtype = next(iter(weights.values())).dtype
+    for name, value in params.items():
+        if value.dtype != dtype:
+            raise ValueError(
+                f"parameter {name!r} has dtype {value.dtype}, the weights have {dtype}; bring them to one, for "
+                "instance {name: value.to(dtype) for name, value in weights.items()}"
+            )
+
+
 def check_start(geometry: Geometry, params: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` unless ``params`` fits the geometry and lies on its manifolds.
 
@@ -78,17 +124,21 @@ def gather_gradients(
         ValueError: names or shapes of ``grads`` do not fit the geometry.
     """
     points = geometry.gather(params)
-    gathered = _gather_checked(geometry, grads)
+    gathered = gather_euclidean(geometry, grads)
     gradients = (
         group.manifold.riemannian_gradient(x, g) for group, x, g in zip(geometry.groups, points, gathered, strict=True)
     )
     return points, gradients
 
 
-def _gather_checked(geometry: Geometry, grads: Mapping[str, Tensor]) -> list[Tensor]:
-    """Gather gradients; look at each one by itself only where the whole does not fit.
+def gather_euclidean(geometry: Geometry, grads: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the Euclidean gradients per group, in their own dtype.
 
-    A look at each of several hundred small parameters would be a tenth of their step.
+    Each one is looked at by itself only where the whole does not fit: a look at each of several hundred small
+    parameters would be a tenth of their step.
+
+    Raises:
+        ValueError: names or shapes of ``grads`` do not fit the geometry.
     """
     if is_compiling():
         geometry.check(grads, "gradient")

@@ -1,7 +1,10 @@
-"""Riemannian stochastic gradient descent, with heavy-ball momentum if wanted.
+"""Riemannian stochastic gradient descent, with heavy-ball or Nesterov momentum if wanted.
 
-Source: Bonnabel, "Stochastic gradient descent on Riemannian manifolds", IEEE TAC 58 (2013). Cost: projection and
-retraction; with momentum one buffer and one more projection (the transport).
+Source: Bonnabel, "Stochastic gradient descent on Riemannian manifolds", IEEE TAC 58 (2013); the momentum is Polyak's
+(1964), carried along by the manifold's transport. Nesterov's variant is taken in the form of Sutskever et al., "On the
+importance of initialization and momentum in deep learning", ICML 2013, rewritten for the shifted variable, as in
+torch.optim.SGD: gradients are taken where the parameters are, and the step looks one momentum step ahead. Cost:
+projection and retraction; with momentum one buffer and one more projection (the transport).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients, retract_all
+from subspace_meta.optimizers.base import check_decay, check_rate, check_start, gather_gradients, retract_all
 
 
 class RSGDState(NamedTuple):
@@ -25,22 +28,28 @@ class RSGDState(NamedTuple):
 
 @dataclass(frozen=True)
 class RSGD:
-    """X <- Retr_X(-lr M), M <- transport(momentum M) + grad f(X).
+    """M <- transport(momentum M) + grad f(X), X <- Retr_X(-lr M); Nesterov: X <- Retr_X(-lr (grad f(X) + momentum M)).
 
     Attributes:
         geometry: where the parameters live.
         lr: learning rate; a float or a scalar tensor.
         momentum: heavy-ball coefficient in [0, 1); 0 keeps no buffer.
+        nesterov: look ahead by one momentum step; needs ``momentum``.
+
+    Raises:
+        ValueError: a setting is out of its range.
     """
 
     geometry: Geometry
     lr: float | Tensor
     momentum: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         check_rate(self.lr)
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        check_decay("momentum", self.momentum)
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0, got 0.0")
 
     def init(self, params: Mapping[str, Tensor]) -> RSGDState:
         """Return zero momentum."""
@@ -56,8 +65,12 @@ class RSGD:
         if not self.momentum:
             moved = retract_all(self.geometry, points, (-self.lr * r for r in gradients))
             return self.geometry.scatter(moved), state
-        buffers = [self.momentum * m + r for m, r in zip(state.momentum, gradients, strict=True)]
-        moved = retract_all(self.geometry, points, (-self.lr * m for m in buffers))
+        buffers, directions = [], []
+        for m, r in zip(state.momentum, gradients, strict=True):
+            m = self.momentum * m + r
+            buffers.append(m)
+            directions.append(r + self.momentum * m if self.nesterov else m)
+        moved = retract_all(self.geometry, points, (-self.lr * v for v in directions))
         carried = [
             group.manifold.transport(x, y, m)
             for group, x, y, m in zip(self.geometry.groups, points, moved, buffers, strict=True)

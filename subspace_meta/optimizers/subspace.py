@@ -20,7 +20,13 @@ from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers.base import check_start, gather_gradients, retract_all
+from subspace_meta.optimizers.base import (
+    check_start,
+    check_weight_dtype,
+    check_weight_shapes,
+    gather_gradients,
+    retract_all,
+)
 
 Adapter = BaseAdapter | PaperAdapter
 
@@ -30,19 +36,8 @@ PRESETS: dict[str, Adapter] = {"base": BaseAdapter(), "paper": PaperAdapter()}
 
 def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` unless ``weights`` are meta-parameters of this adapter, by names and shapes."""
-    expected = adapter.weight_shapes()
-    given = {name: tuple(value.shape) for name, value in weights.items()}
-    if given.keys() != expected.keys():
-        raise ValueError(
-            f"the weights are not those of preset {adapter.name!r}: missing {sorted(expected.keys() - given.keys())}, "
-            f"unknown {sorted(given.keys() - expected.keys())}"
-        )
-    for name, shape in expected.items():
-        if given[name] != shape:
-            raise ValueError(
-                f"weight {name!r} has shape {given[name]}; preset {adapter.name!r} with hidden size {adapter.hidden} "
-                f"needs {shape}"
-            )
+    settings = f" with hidden size {adapter.hidden}"
+    check_weight_shapes(weights, adapter.weight_shapes(), f"preset {adapter.name!r}", settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +77,7 @@ class SubspaceOptimizer:
     def init(self, params: Mapping[str, Tensor]) -> Any:
         """Return the adapter's state at the start."""
         check_start(self.geometry, params)
-        dtype = next(iter(self.weights.values())).dtype
-        for name, value in params.items():
-            if value.dtype != dtype:
-                raise ValueError(
-                    f"parameter {name!r} has dtype {value.dtype}, the weights have {dtype}; bring them to one, for "
-                    "instance {name: value.to(dtype) for name, value in weights.items()}"
-                )
+        check_weight_dtype(self.weights, params)
         return self.adapter.init(self.layout, self.geometry.gather(params))
 
     def update(

@@ -12,6 +12,8 @@ MAKERS = [
     lambda geometry: sm.RSGD(geometry, 0.1, momentum=0.9),
     lambda geometry: sm.RAdam(geometry, 0.1),
     lambda geometry: sm.RASA(geometry, 0.1),
+    lambda geometry: sm.CRMSProp(geometry, 0.1),
+    lambda geometry: sm.MatrixLSTM(geometry, sm.MatrixLSTM.init_weights(geometry)),
     lambda geometry: sm.SubspaceOptimizer(geometry, sm.pretrained()),
 ]
 
@@ -38,11 +40,41 @@ def test_gradients_that_do_not_fit(make, grads, message):
         optimizer.update(grads, optimizer.init(params), params)
 
 
-@pytest.mark.parametrize("kind", [sm.RSGD, sm.RAdam, sm.RASA])
+def orthonormal_problem():
+    shapes = {"w": torch.empty(6, 2), "b": torch.empty(3)}
+    geometry = sm.Geometry.from_rules(shapes, {"*": sm.Stiefel()})
+    return geometry, geometry.initialize(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda geometry: sm.Landing(geometry, 0.1),
+        lambda geometry: sm.POGO(geometry, 0.1),
+        lambda geometry: sm.RSDM(geometry, 0.1, size=2),
+        lambda geometry: sm.SPEL(geometry, 0.1),
+    ],
+)
+def test_gradients_that_do_not_fit_the_orthonormal_methods(make):
+    geometry, params = orthonormal_problem()
+    optimizer = make(geometry)
+    with pytest.raises(ValueError, match=r"gradient 'w' has shape \(2, 6\), the geometry says \(6, 2\)"):
+        optimizer.update({"w": torch.ones(2, 6), "b": torch.ones(3)}, optimizer.init(params), params)
+
+
+@pytest.mark.parametrize("kind", [sm.RSGD, sm.RAdam, sm.RASA, sm.CRMSProp, sm.Landing, sm.POGO, sm.SPEL])
 @pytest.mark.parametrize("lr", [-0.1, math.nan, math.inf])
 def test_impossible_learning_rates(kind, lr):
     with pytest.raises(ValueError, match=f"the learning rate must be finite and not negative, got {lr}"):
-        kind(problem()[0], lr)
+        kind(orthonormal_problem()[0], lr)
+
+
+def test_impossible_learning_rates_beside_other_settings():
+    geometry, _ = orthonormal_problem()
+    with pytest.raises(ValueError, match="the learning rate must be finite and not negative"):
+        sm.RSDM(geometry, -0.1, size=2)
+    with pytest.raises(ValueError, match="the learning rate must be finite and not negative"):
+        sm.MatrixLSTM(geometry, sm.MatrixLSTM.init_weights(geometry), -0.1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
