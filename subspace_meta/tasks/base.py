@@ -8,7 +8,7 @@ tasks of one problem at once, stacked along a leading dimension for ``vmap``; a 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -69,3 +69,30 @@ class TaskFamily(abc.ABC):
 def draw_indices(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw uniform indices below ``size``, with replacement."""
     return torch.randint(size, shape, generator=generator)
+
+
+def draw_rows(data: Data, names: Iterable[str], batch_size: int, generator: torch.Generator, steps: int) -> Batch:
+    """Draw mini-batches of rows, with replacement: the same rows of every named entry ``(count, n, ...)``."""
+    entries = {name: data[name] for name in names}
+    count, n = next(iter(entries.values())).shape[:2]
+    indices = draw_indices(n, (steps, count, batch_size), generator)
+    tasks = torch.arange(count)[:, None]
+    return {name: value[tasks, indices] for name, value in entries.items()}
+
+
+def repeat(data: Data, names: Iterable[str], steps: int) -> Batch:
+    """Return the same batch at every step, for a loss without noise; nothing is copied."""
+    return {name: data[name].expand(steps, *data[name].shape) for name in names}
+
+
+def once_per_task(values: Data, count: int) -> Data:
+    """Return ``count`` equal tasks from the entries of one, for a data set that is one task; nothing is copied."""
+    return {name: value.expand(count, *value.shape) for name, value in values.items()}
+
+
+def symmetric_matrix(spectrum: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return symmetric matrices with eigenvalues ``(count, n)`` in random bases, and the bases, in float64."""
+    count, n = spectrum.shape
+    basis = torch.linalg.qr(torch.randn(count, n, n, generator=generator, dtype=torch.float64))[0]
+    matrix = (basis * spectrum.double()[:, None, :]) @ basis.mT
+    return 0.5 * (matrix + matrix.mT), basis
