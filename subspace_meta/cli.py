@@ -1,4 +1,4 @@
-"""The command line: ``subspace-meta train | evaluate | weights``.
+"""The command line: ``subspace-meta train | evaluate | archive | weights | bench``.
 
 Errors of the user are one line on stderr and exit code 2. Files are written atomically, so an error or Ctrl-C leaves
 nothing half-written.
@@ -7,6 +7,8 @@ nothing half-written.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import importlib
 import json
 import os
 import shutil
@@ -45,13 +47,18 @@ from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.benchmarks.meta import bench_meta
 from subspace_meta.benchmarks.step import bench_step, kernel_traffic
+from subspace_meta.evaluation import archive
+from subspace_meta.evaluation.comparison import QUICK, Comparison, compare
+from subspace_meta.evaluation.page import losses, markdown, page, summary
 from subspace_meta.evaluation.plots import plot_curves, plot_training
-from subspace_meta.evaluation.protocol import TIE
+from subspace_meta.evaluation.protocol import BASELINES, TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.cost import available_bytes
 from subspace_meta.meta.trainer import Trainer, TrainingError
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
 from subspace_meta.presets import RUN_PRESETS, RunPreset
+from subspace_meta.tasks.data import DATA_VARIABLE
+from subspace_meta.tasks.suite import SuiteTask, evaluation_suite
 from subspace_meta.weights import FOLDER, RELEASES
 
 app = typer.Typer(
@@ -340,26 +347,131 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 @app.command()
 def evaluate(
-    weights: Annotated[Path, typer.Option(help="A weights file; by default the shipped one.")] = FOLDER
-    / RELEASES["base"],
-    preset: Annotated[str, typer.Option(help="The run preset whose evaluation is repeated.")] = "quick",
-    out: Annotated[Path | None, typer.Option(help="Folder for report.md, curves.png and results.json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="A weights file of the learned optimizer.  [default: the shipped one]")
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="Instead: package.module:factory, a function of a Geometry that returns an optimizer.")
+    ] = "",
+    suite: Annotated[str, typer.Option(help="full: all tasks of the suite; quick: ten small ones.")] = "full",
+    tasks: Annotated[str, typer.Option(help="Only tasks whose name matches this pattern, *PCA* for instance.")] = "*",
+    own: Annotated[
+        str, typer.Option(help="package.module:tasks, a sequence of your own SuiteTask, instead of the suite.")
+    ] = "",
+    folder: Annotated[
+        Path, typer.Option("--archive", help="Folder of tuned baselines.  [default: the one that ships]")
+    ] = archive.FOLDER,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md, report.html and results.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
 ) -> None:
-    """Compare a weights file with tuned baselines."""
+    """Compare an untuned optimizer with the archive of tuned baselines."""
     torch.set_num_threads(threads)
-    theta, adapter = load_weights(weights)
-    chosen = _run_preset(preset)
+    if weights is not None and optimizer:
+        raise UsageError("give --weights or --optimizer, not both")
+    name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer)
+    chosen = _chosen_tasks(suite, tasks, own)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # an unwritable place is said now, not after minutes
-    results = _evaluate(chosen, theta, adapter, quiet)
+    results, untuned = [], []
+    with _progress(quiet) as progress:
+        bar = progress.add_task("evaluating", total=len(chosen), note=chosen[0].row[:44])
+        for done, (task, result) in enumerate(compare(name, make, chosen, folder), start=1):
+            untuned.append(task.row) if result is None else results.append(result)
+            progress.update(bar, advance=1, note=chosen[min(done, len(chosen) - 1)].row[:44])
+    if not results:
+        raise UsageError(f"none of these tasks has tuned baselines in {folder}; make them with subspace-meta archive")
+    if untuned:
+        console.print(
+            f"left out, no tuned baselines in {folder}, which subspace-meta archive makes: {'; '.join(untuned)}"
+        )
+    found = Comparison(name, tuple(results))
     if out is not None:
-        plot_curves(results, out / "curves.png")
-        write_atomically(out / "results.json", json.dumps(results.to_json(), indent=2).encode())
-        write_atomically(out / "report.md", _report(results, f"Evaluation of {weights.name}", "").encode())
-    _print_results(results, as_json)
+        write_atomically(out / "results.json", json.dumps(found.to_json(), indent=1).encode())
+        write_atomically(out / "report.md", markdown(found).encode())
+        write_atomically(out / "report.html", page(found).encode())
+        console.print(f"wrote {out}/report.html, report.md and results.json")
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    for title, (header, rows) in (("summary", summary(found)), ("losses", losses(found))):
+        table = Table(title=title)
+        for index, column in enumerate(header):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _imported(path: str, what: str) -> Any:
+    """Return the object that ``package.module:name`` names."""
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise UsageError(f"--{what} is package.module:name, got {path!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for good: worker processes import it again
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--{what} {path}: {error}") from error
+
+
+def _chosen_optimizer(weights: Path, optimizer: str) -> tuple[str, Any]:
+    """Return name and factory of what is evaluated."""
+    if optimizer:
+        return optimizer, _imported(optimizer, "optimizer")
+    theta, adapter = load_weights(weights)
+    return weights.stem, lambda geometry: SubspaceOptimizer(geometry, theta, adapter)
+
+
+def _chosen_tasks(suite: str, pattern: str, own: str) -> list[SuiteTask]:
+    """Return the tasks that the options mean, those without their data left out with a word."""
+    if suite not in ("full", "quick"):
+        raise UsageError(f"there is no suite {suite!r}; there are: full, quick")
+    tasks = list(_imported(own, "own")) if own else list(evaluation_suite())
+    named = [task for task in tasks if own or suite == "full" or task.row in QUICK]
+    matching = [task for task in named if fnmatch.fnmatch(task.row.lower(), pattern.lower())]
+    if not matching:
+        raise UsageError(f"no task matches {pattern!r}; there are: {'; '.join(task.row for task in named)}")
+    available = [task for task in matching if task.available]
+    if len(available) < len(matching):
+        console.print(
+            f"left out, {DATA_VARIABLE} names no folder with their data: "
+            + "; ".join(task.row for task in matching if not task.available)
+        )
+    if not available:
+        raise UsageError(f"the data of these tasks are not there; set {DATA_VARIABLE} to their folder")
+    return available
+
+
+@app.command("archive")
+def make_archive(
+    tasks: Annotated[str, typer.Option(help="Only tasks whose name matches this pattern.")] = "*",
+    baselines: Annotated[str, typer.Option(help="Only baselines whose name matches this pattern.")] = "*",
+    own: Annotated[
+        str, typer.Option(help="package.module:tasks, a sequence of your own SuiteTask, instead of the suite.")
+    ] = "",
+    folder: Annotated[Path, typer.Option("--folder", help="Where the archive lies.")] = archive.FOLDER,
+    jobs: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing or stale.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Tune every baseline on every task, where that is missing or was done by other code; hours, goes on if stopped."""
+    chosen = [b for b in BASELINES if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
+    if not chosen:
+        raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in BASELINES)}")
+    todo = archive.missing(_chosen_tasks("full", tasks, own), chosen, folder)
+    typer.echo(f"missing or stale: {len(todo)}")
+    if dry_run or not todo:
+        for task, baseline in todo:
+            typer.echo(f"{task.row}: {baseline.name}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _progress(quiet) as progress:
+        bar = progress.add_task("tuning", total=len(todo), note="")
+        for task, baseline, _ in archive.regenerate(todo, jobs, folder):
+            progress.update(bar, advance=1, note=f"{task.row[:30]}: {baseline.name}")
 
 
 @app.command("weights")

@@ -1,11 +1,15 @@
-"""Loss curves with bands over seeds, as PNG."""
+"""Loss curves with bands over seeds, and performance profiles, as PNG."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from subspace_meta.checkpoint import write_atomically
+from subspace_meta.evaluation.comparison import PEER, Comparison
 from subspace_meta.evaluation.report import LEARNED, Results
 
 # Okabe and Ito's palette, distinguishable with colour-blindness; the learned optimizer is the one that stands out.
@@ -37,8 +41,7 @@ def plot_curves(results: Results, path: Path) -> None:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    _write(figure, path)
-    plt.close(figure)
+    write_atomically(path, _png(figure))
 
 
 def plot_training(records: list[dict[str, float]], path: Path) -> None:
@@ -59,11 +62,63 @@ def plot_training(records: list[dict[str, float]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    _write(figure, path)
-    plt.close(figure)
+    write_atomically(path, _png(figure))
 
 
-def _write(figure: object, path: Path) -> None:
+def plot_profile(comparison: Comparison) -> bytes:
+    """Return a PNG: the share of runs whose speed-up over the tuned peer is at least so much."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    thresholds = 10 ** torch.linspace(-1.0, 1.5, 200, dtype=torch.float64)
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(thresholds, comparison.profile(thresholds), color=COLOURS[-1], linewidth=2.2)
+    axis.axvline(1.0, color=COLOURS[0], linewidth=1)
+    axis.set_xscale("log")
+    axis.set_ylim(0, 1)
+    axis.set_xlabel(f"speed-up over tuned {PEER}, in steps")
+    axis.set_ylabel("share of runs")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    return _png(figure)
+
+
+def plot_tasks(comparison: Comparison) -> bytes:
+    """Return a PNG: one panel a task; the optimizer with its band over seeds, and the best baseline at every step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = 4
+    height = -(-len(comparison.results) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4.2 * columns, 3.0 * height), squeeze=False)
+    for axis, result in zip(axes.flat, comparison.results, strict=False):
+        runs = result.curves.log_excess[0]
+        steps = result.curves.steps
+        axis.plot(steps, runs.mean(dim=0), color=COLOURS[-1], linewidth=2.0, label=comparison.name)
+        axis.fill_between(steps, runs.amin(dim=0), runs.amax(dim=0), color=COLOURS[-1], alpha=0.15, linewidth=0)
+        envelope = torch.stack([cell.envelope for cell in result.cells.values()]).amin(dim=0)
+        axis.plot(steps, envelope, color="black", linewidth=1.0, label="best tuned baseline at each step")
+        axis.plot(steps, result.cells[PEER].envelope, color=COLOURS[1], linewidth=1.0, label=f"tuned {PEER}")
+        axis.set_title(result.task.row, fontsize=9)
+        axis.set_xscale("symlog", linthresh=10)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(comparison.results) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize=7)
+    figure.supxlabel("step")
+    figure.supylabel("log relative excess loss")
+    figure.tight_layout()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)  # type: ignore[attr-defined]
-    write_atomically(path, buffer.getvalue())
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()

@@ -10,6 +10,7 @@ algorithms", 2023.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_meta.geometry import Geometry
-from subspace_meta.optimizers import RASA, RSGD, RAdam
+from subspace_meta.geometry import Geometry, Params
+from subspace_meta.optimizers import POGO, RASA, RSDM, RSGD, SPEL, CRMSProp, Landing, RAdam
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import TaskFamily
 
-CHECKPOINTS = (10, 20, 50, 100, 200)
+CHECKPOINTS = (5, 10, 20, 50, 100, 200, 400, 1000, 2000, 4000)
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 7))  # 15 half-decades, 1e-4 to 1e3
 EXTENSION = 4  # half-decades added at an edge that wins
 MAX_EXTENSIONS = 3
@@ -50,17 +51,51 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A hand-made optimizer with a learning rate to be tuned."""
+    """A hand-made optimizer with a learning rate to be tuned, its other settings at the published defaults.
+
+    Attributes:
+        name: in tables.
+        make: ``(geometry, learning rate) -> optimizer``; raises ``ValueError`` where the method is not defined.
+        feasible: whether its iterates lie on the manifold. Those of another method are measured at the nearest point
+            of it; the violation that is reported is that of the iterate itself.
+    """
 
     name: str
     make: Callable[[Geometry, Tensor], Optimizer]
+    feasible: bool = True
+
+    def defined_on(self, geometry: Geometry) -> bool:
+        """Return whether the method is defined on every parameter of ``geometry``."""
+        try:
+            self.make(geometry, torch.tensor(1e-2))
+        except ValueError:
+            return False
+        return True
+
+
+def half_of_the_rows(geometry: Geometry, lr: Tensor) -> Optimizer:
+    """Return RSDM that turns half of the rows (of the smallest matrix) in each step."""
+    return RSDM(geometry, lr, max(2, min(group.shape[-2] for group in geometry.groups) // 2))
 
 
 BASELINES = (
+    Baseline("RSGD", lambda geometry, lr: RSGD(geometry, lr)),
     Baseline("RSGD-momentum", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9)),
+    Baseline("RSGD-Nesterov", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9, nesterov=True)),
     Baseline("RAdam", lambda geometry, lr: RAdam(geometry, lr)),
+    Baseline("RAMSGrad", lambda geometry, lr: RAdam(geometry, lr, amsgrad=True)),
+    Baseline("RASA-L", lambda geometry, lr: RASA(geometry, lr, variant="L")),
+    Baseline("RASA-R", lambda geometry, lr: RASA(geometry, lr, variant="R")),
     Baseline("RASA-LR", lambda geometry, lr: RASA(geometry, lr)),
+    Baseline("RASA-LR decaying", lambda geometry, lr: RASA(geometry, lr, decay=True)),
+    Baseline("cRMSProp", lambda geometry, lr: CRMSProp(geometry, lr)),
+    Baseline("landing", lambda geometry, lr: Landing(geometry, lr), feasible=False),
+    Baseline("POGO", lambda geometry, lr: POGO(geometry, lr), feasible=False),
+    Baseline("RSDM", half_of_the_rows),
+    Baseline("SPEL", lambda geometry, lr: SPEL(geometry, lr)),
 )
+# What a run of a few minutes is compared with: the best of the plain, the adaptive and the row and column methods.
+QUICK_BASELINES = tuple(b for b in BASELINES if b.name in ("RSGD-momentum", "RAdam", "RASA-LR"))
 
 
 @dataclass(frozen=True)
@@ -70,9 +105,11 @@ class Curves:
     Attributes:
         steps: the measured steps, ascending, starting with 0.
         log_excess: ``(rates, seeds, len(steps))``; +inf where not finite.
-        metric: the task's own figure at the last step, ``(rates, seeds)``.
+        metric: the task's own figure at ``checkpoints``, ``(rates, seeds, len(checkpoints))``.
         violation: largest constraint violation at the last step, ``(rates, seeds)``.
         rates: the learning rates; one 0 for the learned optimizer.
+        initial: the objective at the start, ``(seeds,)``.
+        reference: the lowest value, f*.
         seconds: CPU seconds of the run.
     """
 
@@ -81,7 +118,18 @@ class Curves:
     metric: Tensor
     violation: Tensor
     rates: tuple[float, ...]
+    initial: Tensor
+    reference: float
     seconds: float
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The steps at which optimizers are compared, and the last step."""
+        return checkpoints_within(self.steps[-1])
+
+    def objective(self, step: int) -> Tensor:
+        """Return the objective at a step, ``(rates, seeds)``."""
+        return self.reference + torch.exp(self.at(step)) * (self.initial - self.reference)
 
     def at(self, step: int) -> Tensor:
         """Return the log excess at a step, ``(rates, seeds)``."""
@@ -92,10 +140,15 @@ class Curves:
         return int(self.at(step).mean(dim=-1).argmin())
 
 
+def checkpoints_within(horizon: int) -> tuple[int, ...]:
+    """Return the checkpoints up to the horizon, and the horizon."""
+    return tuple(sorted({horizon, *(step for step in CHECKPOINTS if step <= horizon)}))
+
+
 def measured_steps(horizon: int) -> tuple[int, ...]:
-    """Return the steps at which the objective is computed: about 40, denser at the start, and the checkpoints."""
-    steps = {0, 1, 2, 3, 5, 7, horizon, *range(10, min(50, horizon) + 1, 5), *range(50, horizon + 1, 10)}
-    return tuple(sorted(steps | {c for c in CHECKPOINTS if c <= horizon}))
+    """Return the steps at which the objective is computed: about 60, denser at the start, and the checkpoints."""
+    steps = {0, 1, 2, 3, 5, 7, *range(10, 50, 5), *range(50, 400, 10), *range(400, horizon + 1, 100)}
+    return tuple(sorted({step for step in steps if step <= horizon} | set(checkpoints_within(horizon))))
 
 
 def evaluate_rates(
@@ -104,6 +157,7 @@ def evaluate_rates(
     rates: Sequence[float],
     seeds: int = 5,
     horizon: int = 200,
+    feasible: bool = True,
 ) -> Curves:
     """Run an optimizer with several learning rates and seeds side by side on one task.
 
@@ -113,8 +167,10 @@ def evaluate_rates(
         rates: learning rates.
         seeds: random starts and batch orders; the same for every optimizer.
         horizon: number of steps.
+        feasible: whether the iterates are points of the manifolds; if not, the nearest points are measured.
     """
     family, problem = task.family, task.family.problem
+    geometry = problem.geometry
     data = family.draw(torch.Generator().manual_seed(1_000_003 + task.instance), 1)
     data = {name: value.expand(seeds, *value.shape[1:]) for name, value in data.items()}
     generator = torch.Generator().manual_seed(7_000_003 + task.instance)
@@ -127,27 +183,34 @@ def evaluate_rates(
         return torch.func.vmap(torch.func.vmap(function, in_dims=seeds_in), in_dims=over)
 
     def first(lr: Tensor, params: Any) -> Any:
-        return make(problem.geometry, lr).init(params)
+        return make(geometry, lr).init(params)
 
     def step(lr: Tensor, params: Any, state: Any, batch: Any) -> Any:
         grads, value = torch.func.grad_and_value(problem.loss)(params, batch)
-        return make(problem.geometry, lr).update(grads, state, params, value)
+        return make(geometry, lr).update(grads, state, params, value)
+
+    def nearest(params: Params) -> Params:
+        if feasible:
+            return params
+        points = zip(geometry.groups, geometry.gather(params), strict=True)
+        return geometry.scatter([group.manifold.nearest(x) for group, x in points])
 
     def objective(lr: Tensor, params: Any, one: Any) -> Tensor:
-        return problem.objective(params, one)
+        return problem.objective(nearest(params), one)
 
     metric_function = problem.metric or problem.objective
 
     def metric(lr: Tensor, params: Any, one: Any) -> Tensor:
-        return metric_function(params, one)
+        return metric_function(nearest(params), one)
 
     lr = torch.tensor(rates)
     params = {name: value.expand(len(rates), *value.shape) for name, value in start.items()}
     began = time.process_time()
     state = per_run(first, (0, 0))(lr, params)
-    steps = measured_steps(horizon)
-    measure, advance = per_run(objective, (0, 0, None)), per_run(step, (0, 0, 0, None))
-    objectives = [measure(lr, params, measured)]
+    steps, checkpoints = measured_steps(horizon), checkpoints_within(horizon)
+    advance = per_run(step, (0, 0, 0, None))
+    measure, figure = (per_run(function, (0, 0, None)) for function in (objective, metric))
+    objectives, figures = [measure(lr, params, measured)], []
     chunk = 20
     batches: Any = {}
     for t in range(1, horizon + 1):
@@ -157,6 +220,8 @@ def evaluate_rates(
         params, state = advance(lr, params, state, batch)
         if t in steps:
             objectives.append(measure(lr, params, measured))
+        if t in checkpoints:
+            figures.append(figure(lr, params, measured))
     seconds = time.process_time() - began
     values = torch.stack(objectives, dim=-1)  # (rates, seeds, steps)
     reference = data["reference"][None, :, None]
@@ -166,11 +231,12 @@ def evaluate_rates(
     violations = torch.stack(
         [
             group.manifold.violation(x).reshape(len(rates), seeds, -1).amax(dim=-1)
-            for group, x in zip(problem.geometry.groups, _gather(problem.geometry, params), strict=True)
+            for group, x in zip(geometry.groups, _gather(geometry, params), strict=True)
         ]
     ).amax(dim=0)
-    figure = per_run(metric, (0, 0, None))(lr, params, measured)
-    return Curves(steps, log_excess, figure, violations, tuple(rates), seconds)
+    metrics = torch.stack(figures, dim=-1).float()
+    base = float(data["reference"][0])
+    return Curves(steps, log_excess, metrics, violations, tuple(rates), values[0, :, 0], base, seconds)
 
 
 def _gather(geometry: Geometry, params: Any) -> list[Tensor]:
@@ -180,15 +246,19 @@ def _gather(geometry: Geometry, params: Any) -> list[Tensor]:
 
 def tune(task: EvaluationTask, baseline: Baseline, seeds: int = 5, horizon: int = 200) -> Curves:
     """Run a baseline on the grid, extended while a best rate lies at its edge."""
-    curves = evaluate_rates(task, baseline.make, GRID, seeds, horizon)
+
+    def run(rates: Sequence[float]) -> Curves:
+        return evaluate_rates(task, baseline.make, rates, seeds, horizon, baseline.feasible)
+
+    curves = run(GRID)
     for _ in range(MAX_EXTENSIONS):
-        best = {curves.best(step) for step in CHECKPOINTS if step <= horizon}
+        best = {curves.best(step) for step in curves.checkpoints}
         exponents = range(1, EXTENSION + 1)
         below = [curves.rates[0] / 10 ** (e / 2) for e in reversed(exponents)] if 0 in best else []
         above = [curves.rates[-1] * 10 ** (e / 2) for e in exponents] if len(curves.rates) - 1 in best else []
         if not below and not above:
             break
-        curves = _merge(curves, evaluate_rates(task, baseline.make, below + above, seeds, horizon), len(below))
+        curves = _merge(curves, run(below + above), len(below))
     return curves
 
 
@@ -198,13 +268,13 @@ def _merge(curves: Curves, more: Curves, below: int) -> Curves:
     def join(old: Tensor, new: Tensor) -> Tensor:
         return torch.cat([new[:below], old, new[below:]])
 
-    return Curves(
-        curves.steps,
-        join(curves.log_excess, more.log_excess),
-        join(curves.metric, more.metric),
-        join(curves.violation, more.violation),
-        (*more.rates[:below], *curves.rates, *more.rates[below:]),
-        curves.seconds + more.seconds,
+    return dataclasses.replace(
+        curves,
+        log_excess=join(curves.log_excess, more.log_excess),
+        metric=join(curves.metric, more.metric),
+        violation=join(curves.violation, more.violation),
+        rates=(*more.rates[:below], *curves.rates, *more.rates[below:]),
+        seconds=curves.seconds + more.seconds,
     )
 
 

@@ -1,6 +1,7 @@
 """The command line as a user types it, in a process of its own."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,15 +53,43 @@ def test_training_writes_everything(finished: tuple[Path, subprocess.CompletedPr
     assert (folder / "runs/one/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluation_repeats_the_table(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = finished
-    again = run(
-        *("evaluate", "--weights", "runs/one/weights.safetensors", "--preset", "smoke", "--json", "--quiet"), cwd=folder
+def test_evaluation_against_the_archive(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    arguments = ("evaluate", "--weights", "runs/one/weights.safetensors", "--tasks", "wahba*", "--quiet")
+    done = run(*arguments, "--json", "--out", "report", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["optimizer"] == "weights"
+    (task,) = found["tasks"]
+    assert task["task"] == "Wahba's problem SO(3)"
+    assert task["compared"] == [20, 50, 100, 200, 400]
+    assert len(task["baselines"]) == 14
+    assert {path.name for path in (folder / "report").iterdir()} == {"report.md", "report.html", "results.json"}
+    assert json.loads((folder / "report/results.json").read_text())["tasks"][0]["log_excess"] == task["log_excess"]
+    table = run(*arguments, cwd=folder)
+    assert "no worse @400" in table.stdout
+    assert f"{task['log_excess'][0]:.2f} (" in table.stdout  # the same seeds give the same losses
+
+
+def test_an_archive_of_ones_own_tasks(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parents[2] / "examples" / "own_task.py", tmp_path)
+    common = ("--own", "own_task:TASKS")
+    planned = run("archive", *common, "--folder", "mine", "--dry-run", "--baselines", "radam", cwd=tmp_path)
+    assert planned.stdout.splitlines() == ["missing or stale: 1", "direction: RAdam"]
+    early = run("evaluate", *common, "--archive", "mine", "--quiet", cwd=tmp_path)
+    assert_one_line_error(early, "none of these tasks has tuned baselines in mine")
+    made = run("archive", *common, "--folder", "mine", "--baselines", "radam", "--quiet", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (
+        run("archive", *common, "--folder", "mine", "--baselines", "radam", cwd=tmp_path).stdout
+        == "missing or stale: 0\n"
     )
-    assert again.returncode == 0, again.stderr
-    first, second = (json.loads(text.stdout)["problems"][0]["methods"] for text in (done, again))
-    for method, figures in first.items():
-        assert figures["log_excess"] == second[method]["log_excess"]
+    done = run(
+        *("evaluate", *common, "--archive", "mine", "--optimizer", "own_task:my_optimizer", "--json", "--quiet"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)["tasks"][0]["baselines"]) == ["RAdam"]
 
 
 def test_a_dry_run_prints_costs_and_writes_nothing(tmp_path: Path) -> None:
@@ -139,7 +168,12 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("train", "--resume"), ("--resume needs --name",)),
         (("train", "--resume", "--name", "none"), ("runs/none", "without --resume")),
         (("trane",), ("No such command 'trane'",)),
-        (("evaluate", "--preset", "mnist"), ("unknown preset 'mnist'",)),
+        (("evaluate", "--suite", "mnist"), ("no suite 'mnist'", "full, quick")),
+        (("evaluate", "--tasks", "nothing*"), ("no task matches 'nothing*'", "leading subspace 200x20")),
+        (("evaluate", "--optimizer", "nowhere:make"), ("nowhere:make", "No module named 'nowhere'")),
+        (("evaluate", "--optimizer", "json.dumps"), ("package.module:name", "json.dumps")),
+        (("evaluate", "--optimizer", "json:dumps", "--weights", "good.safetensors"), ("not both",)),
+        (("archive", "--baselines", "adam2"), ("no baseline matches 'adam2'", "RSGD, RSGD-momentum")),
         (("evaluate", "--weights", "missing.safetensors"), ("missing.safetensors", "no such file")),
         (("weights", "truncated.safetensors"), ("truncated.safetensors", "truncated")),
         (("weights", "foreign.safetensors"), ("foreign.safetensors", "not 'weights' written by subspace-meta")),
@@ -172,7 +206,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_version_and_help(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout.strip() == sm.__version__
-    for command in ((), ("train",), ("evaluate",), ("weights",)):
+    for command in ((), ("train",), ("evaluate",), ("archive",), ("weights",), ("bench", "step")):
         done = run(*command, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert "Usage" in done.stdout

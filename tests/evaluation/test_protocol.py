@@ -84,7 +84,8 @@ def sm_family() -> TaskFamily:
 
 def made_up(value: float) -> Curves:
     steps = measured_steps(50)
-    return Curves(steps, torch.full((1, 2, len(steps)), value), torch.zeros(1, 2), torch.zeros(1, 2), (0.1,), 1.0)
+    excess, ends = torch.full((1, 2, len(steps)), value), torch.zeros(1, 2)
+    return Curves(steps, excess, ends[..., None], ends, (0.1,), torch.ones(2), 0.0, 1.0)
 
 
 @pytest.mark.parametrize(("learned", "verdict"), [(-3.1, "better"), (-3.01, "tie"), (-2.9, "worse")])

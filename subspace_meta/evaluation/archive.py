@@ -1,0 +1,293 @@
+"""The archive of tuned baselines: what every hand-made optimizer reaches on every task of the suite, at its best rate.
+
+Tuning takes hours, so it is done once and kept in ``evaluation/archive``: one compressed JSON file a task, one cell a
+baseline. A cell says which code made it, by a hash of the modules that decide its numbers, without their comments and
+docstrings; a cell of other code is *stale*, and made anew when the archive is regenerated. Files are written whole
+after every cell, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import functools
+import gzip
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_meta import geometry, manifolds
+from subspace_meta.checkpoint import write_atomically
+from subspace_meta.evaluation import protocol
+from subspace_meta.evaluation.protocol import BASELINES, Baseline, Curves, EvaluationTask, checkpoints_within, tune
+from subspace_meta.optimizers import base as optimizers_base
+from subspace_meta.tasks import base as tasks_base
+from subspace_meta.tasks import data as tasks_data
+from subspace_meta.tasks import references
+from subspace_meta.tasks.suite import SuiteTask
+
+FOLDER = Path(__file__).parent / "archive"
+SEEDS = 5
+DECIMALS = 4
+TENSORS = ("log_excess", "metric", "violation", "envelope", "curves", "initial")  # fields of a cell that are tensors
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one baseline reaches on one task.
+
+    Attributes:
+        code: hash of the code that made it.
+        steps: the measured steps.
+        rates: learning rates.
+        log_excess, metric: ``(rates, seeds, len(checkpoints))``; +inf where not finite.
+        violation: largest at the last step over seeds, one a rate.
+        envelope: ``(len(steps),)``, the least over rates of the running minimum of the smoothed mean curve.
+        curves: ``(len(checkpoints), len(steps))``, the mean curve of the rate that is best at each checkpoint.
+        initial: objective at the start, one a seed.
+        reference: the lowest value.
+        seconds: CPU seconds that the cell took.
+    """
+
+    code: str
+    steps: tuple[int, ...]
+    rates: tuple[float, ...]
+    log_excess: Tensor
+    metric: Tensor
+    violation: Tensor
+    envelope: Tensor
+    curves: Tensor
+    initial: Tensor
+    reference: float
+    seconds: float
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The steps at which optimizers are compared."""
+        return checkpoints_within(self.steps[-1])
+
+    def best(self, step: int) -> int:
+        """Return the index of the best rate at a checkpoint: lowest mean over seeds."""
+        return int(self.log_excess[..., self.checkpoints.index(step)].mean(dim=-1).argmin())
+
+    def score(self, step: int) -> float:
+        """Return the mean log excess over seeds at a checkpoint, at the best rate there."""
+        return float(self.log_excess[self.best(step), :, self.checkpoints.index(step)].mean())
+
+    def objective(self, step: int) -> Tensor:
+        """Return the objective at a checkpoint at the best rate there, ``(seeds,)``."""
+        log_excess = self.log_excess[self.best(step), :, self.checkpoints.index(step)]
+        return self.reference + torch.exp(log_excess) * (self.initial - self.reference)
+
+
+def smoothed_minimum(log_excess: Tensor) -> Tensor:
+    """Return the running minimum of curves ``(..., steps)`` smoothed over three measured steps (ends: two)."""
+    padded = torch.cat([log_excess[..., :1], log_excess, log_excess[..., -1:]], dim=-1)
+    smooth = (padded[..., :-2] + padded[..., 1:-1] + padded[..., 2:]) / 3
+    # The start is known exactly, and not the smoothed value of steps that came later.
+    smooth = torch.cat([log_excess[..., :1], smooth[..., 1:]], dim=-1)
+    return torch.cummin(smooth, dim=-1).values
+
+
+def cell_of(curves: Curves, code: str) -> Cell:
+    """Condense curves to a cell."""
+    checkpoints = curves.checkpoints
+    chosen = [curves.steps.index(step) for step in checkpoints]
+    mean = curves.log_excess.mean(dim=1)
+    return Cell(
+        code,
+        curves.steps,
+        curves.rates,
+        curves.log_excess[..., chosen],
+        curves.metric,
+        curves.violation.amax(dim=-1),
+        smoothed_minimum(mean).amin(dim=0),
+        torch.stack([mean[curves.best(step)] for step in checkpoints]),
+        curves.initial,
+        curves.reference,
+        curves.seconds,
+    )
+
+
+# --- Which code made it ---
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                del body[0]
+        return node
+
+
+@functools.cache
+def _meaning(source: str) -> str:
+    """Return what decides the numbers: the syntax tree without comments, docstrings and layout."""
+    return ast.dump(_WithoutDocstrings().visit(ast.parse(textwrap.dedent(source))))
+
+
+def _submodules(package: ModuleType) -> list[ModuleType]:
+    names = (f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))
+    return [importlib.import_module(name) for name in names if not name.endswith(".checks")]
+
+
+DECIDING = (protocol.evaluate_rates, protocol.tune, protocol.measured_steps, cell_of, smoothed_minimum)
+
+
+def code_hash(task: SuiteTask, baseline: Baseline) -> str:
+    """Return a hash of the code that decides a cell: manifolds, geometry, the task's, the optimizer's, the protocol."""
+    optimizer = type(baseline.make(task.family.problem.geometry, torch.tensor(1e-2)))
+    modules = [
+        *_submodules(manifolds),
+        geometry,
+        optimizers_base,
+        importlib.import_module(optimizer.__module__),
+        tasks_base,
+        tasks_data,
+        references,
+        importlib.import_module(type(task.family).__module__),
+    ]
+    parts = [_meaning(inspect.getsource(module)) for module in modules]
+    parts += [_meaning(inspect.getsource(f)) for f in DECIDING]
+    parts += [repr((task.row, task.family.name, task.horizon, SEEDS, protocol.GRID, protocol.MAX_EXTENSIONS))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+# --- Files ---
+
+
+def path_of(row: str, folder: Path = FOLDER) -> Path:
+    """Return the file of a task."""
+    return folder / (re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-") + ".json.gz")
+
+
+def _rounded(value: Tensor) -> Any:
+    if value.ndim == 0:
+        number = float(value)
+        return (
+            float(f"{number:.{DECIMALS}g}" if abs(number) < 1 else f"{number:.{DECIMALS}f}")
+            if math.isfinite(number)
+            else None
+        )
+    return [_rounded(part) for part in value]
+
+
+def _tensor(value: Any) -> Tensor:
+    def known(part: Any) -> Any:
+        return [known(x) for x in part] if isinstance(part, list) else math.inf if part is None else part
+
+    return torch.tensor(known(value))
+
+
+def _cell(described: dict[str, Any]) -> Cell:
+    fields: dict[str, Any] = {key: _tensor(described[key]) for key in TENSORS}
+    fields |= {key: tuple(described[key]) for key in ("steps", "rates")}
+    fields |= {key: described[key] for key in ("code", "reference", "seconds")}
+    return Cell(**fields)
+
+
+def load(row: str, folder: Path = FOLDER) -> dict[str, Cell]:
+    """Return the cells of a task by baseline; none if there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = path_of(row, folder)
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        return {name: _cell(described) for name, described in content["cells"].items()}
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a file of the archive, or damaged ({error}); delete it to make it anew"
+        ) from error
+
+
+def save(row: str, cells: dict[str, Cell], folder: Path = FOLDER) -> None:
+    """Write the cells of a task, whole or not at all."""
+    order = [baseline.name for baseline in BASELINES]
+    described = {
+        name: {
+            "code": cell.code,
+            "steps": cell.steps,
+            "rates": [float(f"{rate:.6g}") for rate in cell.rates],
+            **{key: _rounded(getattr(cell, key)) for key in TENSORS},
+            "reference": cell.reference,
+            "seconds": round(cell.seconds, 1),
+        }
+        for name, cell in sorted(cells.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1)
+    }
+    text = json.dumps({"task": row, "seeds": SEEDS, "cells": described}, separators=(",", ":"))
+    write_atomically(path_of(row, folder), gzip.compress(text.encode(), mtime=0))
+
+
+# --- Making it ---
+
+
+def missing(
+    tasks: Sequence[SuiteTask], baselines: Sequence[Baseline] = BASELINES, folder: Path = FOLDER
+) -> list[tuple[SuiteTask, Baseline]]:
+    """Return what is missing or stale, of available tasks and methods that are defined on them; small tasks first."""
+    found = []
+    for task in tasks:
+        if task.available:
+            there = load(task.row, folder)
+            for baseline in baselines:
+                if baseline.defined_on(task.family.problem.geometry):
+                    cell = there.get(baseline.name)
+                    if cell is None or cell.code != code_hash(task, baseline):
+                        found.append((task, baseline))
+
+    def work(item: tuple[SuiteTask, Baseline]) -> float:
+        return item[0].horizon * sum(math.prod(group.shape) for group in item[0].family.problem.geometry.groups)
+
+    return sorted(found, key=work)
+
+
+def make_cell(task: SuiteTask, baseline: Baseline) -> Cell:
+    """Tune one baseline on one task."""
+    torch.set_num_threads(1)
+    return cell_of(
+        tune(EvaluationTask(task.row, task.family), baseline, SEEDS, task.horizon), code_hash(task, baseline)
+    )
+
+
+def _make_named(task: SuiteTask, name: str) -> Cell:
+    """Tune by the baseline's name: what a worker process is told."""
+    return make_cell(task, next(baseline for baseline in BASELINES if baseline.name == name))
+
+
+def regenerate(
+    cells: Sequence[tuple[SuiteTask, Baseline]], jobs: int = 1, folder: Path = FOLDER
+) -> Iterator[tuple[SuiteTask, Baseline, Cell]]:
+    """Make cells in ``jobs`` processes; write each into its file, then yield it."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_make_named, task, baseline.name): (task, baseline) for task, baseline in cells}
+        try:
+            for done in concurrent.futures.as_completed(waiting):
+                task, baseline = waiting[done]
+                cell = done.result()
+                save(task.row, {**load(task.row, folder), baseline.name: cell}, folder)
+                yield task, baseline, cell
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,231 @@
+"""An untuned optimizer against the archive of tuned baselines, task by task, and over the whole suite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_meta.benchmarks.timing import interleaved
+from subspace_meta.evaluation import archive
+from subspace_meta.evaluation.archive import Cell, smoothed_minimum
+from subspace_meta.evaluation.protocol import FLOOR, TIE, Curves, EvaluationTask, run_untuned
+from subspace_meta.evaluation.report import environment
+from subspace_meta.evaluation.scores import bootstrap_interval, interquartile_mean, performance_profile, speed_up
+from subspace_meta.geometry import Geometry
+from subspace_meta.optimizers import RAdam
+from subspace_meta.optimizers.base import Optimizer
+from subspace_meta.tasks.suite import SuiteTask
+
+Factory = Callable[[Geometry], Optimizer]
+
+PEER = "RAdam"  # what speed-ups are over
+COMPARED = (20, 50, 100, 200, 400)  # steps at which losses are compared
+TIMED = (20, 50, 100, 200)  # steps at which the speed-up is taken: before the peer's run ends
+LONG = (1000, 2000, 4000)  # further steps of both, where the run is that long
+QUICK = (
+    "PCA of digits 64x8",
+    "orthonormal classification of digits 64x10",
+    "synthetic PCA 64x8",
+    "joint diagonalisation 32x8",
+    "ordered eigenvectors 100x8",
+    "Karcher means of MNIST 10x5x5",
+    "Wahba's problem SO(3)",
+    "Rayleigh quotient 200",
+    "max-cut relaxation 15x100",
+    "logistic regression of digits 64",
+)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What the optimizer did on one task, beside the archive's cells.
+
+    Attributes:
+        task: the task.
+        curves: of the optimizer, one rate.
+        cells: of the baselines that are defined there.
+        seconds: CPU seconds of one step, gradient included, one thread: the optimizer's, and the peer's.
+    """
+
+    task: SuiteTask
+    curves: Curves
+    cells: dict[str, Cell]
+    seconds: tuple[float, float]
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        """The steps at which losses are compared."""
+        return tuple(step for step in (*COMPARED, *LONG) if step <= self.task.horizon)
+
+    def score(self, step: int) -> float:
+        """Return the optimizer's mean log excess over seeds."""
+        return float(self.curves.at(step).mean())
+
+    def best(self, step: int) -> tuple[str, float]:
+        """Return the best baseline at a step, at its best rate there, and its mean log excess."""
+        name = min(self.cells, key=lambda name: self.cells[name].score(step))
+        return name, self.cells[name].score(step)
+
+    def verdict(self, step: int) -> str:
+        """Return ``"better"``, ``"tie"`` (within 0.02, or both at the floor of float32) or ``"worse"``."""
+        ours, best = self.score(step), self.best(step)[1]
+        floor = math.log(FLOOR) + 0.5
+        if abs(ours - best) <= TIE or (ours <= floor and best <= floor):
+            return "tie"
+        return "better" if ours < best else "worse"
+
+    def speed_ups(self) -> tuple[Tensor, bool]:
+        """Return the speed-up over the tuned peer in steps, one a seed, and whether one is only a lower bound."""
+        curves = smoothed_minimum(self.curves.log_excess[0])
+        peer = self.cells[PEER]
+        at = [step for step in (*TIMED, *LONG[:-1]) if step < self.task.horizon]
+        found = [speed_up(self.curves.steps, curve, peer.steps, peer.envelope, at) for curve in curves]
+        return torch.tensor([value for value, _ in found]), any(censored for _, censored in found)
+
+    def time_ratio(self) -> float:
+        """Return the optimizer's CPU seconds a step over the peer's."""
+        return self.seconds[0] / self.seconds[1]
+
+    @property
+    def violation(self) -> float:
+        """The largest constraint violation at the end."""
+        return float(self.curves.violation.max())
+
+    @property
+    def finite(self) -> float:
+        """The share of runs without a non-finite objective."""
+        return float(torch.isfinite(self.curves.log_excess).all(dim=-1).double().mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything that the report shows of this task."""
+        speed, censored = self.speed_ups()
+        return {
+            "task": self.task.row,
+            "manifolds": list(self.task.manifolds),
+            "axis": self.task.axis,
+            "reference": self.task.reference,
+            "metric_name": self.task.metric,
+            "metric": [float(value) for value in self.curves.metric[0].mean(dim=0)],
+            "checkpoints": list(self.curves.checkpoints),
+            "compared": list(self.compared),
+            "log_excess": [self.score(step) for step in self.compared],
+            "best": [
+                {"baseline": name, "rate": self.cells[name].rates[self.cells[name].best(step)], "log_excess": value}
+                for step in self.compared
+                for name, value in [self.best(step)]
+            ],
+            "baselines": {name: [cell.score(step) for step in self.compared] for name, cell in self.cells.items()},
+            "verdict": [self.verdict(step) for step in self.compared],
+            "speed_up": speed.tolist(),
+            "speed_up_is_lower_bound": censored,
+            "seconds_per_step": {"optimizer": self.seconds[0], PEER: self.seconds[1]},
+            "violation": self.violation,
+            "finite": self.finite,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results on several tasks, and what they say together."""
+
+    name: str
+    results: tuple[TaskResult, ...]
+
+    def no_worse(self, step: int, results: Sequence[TaskResult] | None = None) -> tuple[int, int]:
+        """Return on how many tasks the optimizer is no worse than the best baseline at a step, and of how many."""
+        chosen = [r for r in (self.results if results is None else results) if step in r.compared]
+        return sum(r.verdict(step) != "worse" for r in chosen), len(chosen)
+
+    def speed(
+        self, in_seconds: bool = False, results: Sequence[TaskResult] | None = None
+    ) -> tuple[float, float, float]:
+        """Return the interquartile mean of the speed-up over all runs, and its 95 % interval."""
+        chosen = self.results if results is None else results
+        groups = [r.speed_ups()[0] / (r.time_ratio() if in_seconds else 1.0) for r in chosen]
+        return float(interquartile_mean(torch.cat(groups))), *bootstrap_interval(groups)
+
+    def profile(self, thresholds: Tensor) -> Tensor:
+        """Return the share of runs whose speed-up in steps is at least each threshold."""
+        return performance_profile(torch.cat([r.speed_ups()[0] for r in self.results]), thresholds)
+
+    def by_axis(self) -> dict[str, list[TaskResult]]:
+        """Return the results by axis of generalisation."""
+        found: dict[str, list[TaskResult]] = {}
+        for result in self.results:
+            found.setdefault(result.task.axis, []).append(result)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything that the report shows."""
+
+        def summary(results: Sequence[TaskResult]) -> dict[str, Any]:
+            steps = sorted({step for r in results for step in r.compared})
+            return {
+                "tasks": len(results),
+                "no_worse": {str(step): list(self.no_worse(step, results)) for step in steps},
+                "speed_up_steps": list(self.speed(results=results)),
+                "speed_up_cpu_seconds": list(self.speed(True, results)),
+            }
+
+        return {
+            "optimizer": self.name,
+            "environment": environment(),
+            "archive": sorted({cell.code for r in self.results for cell in r.cells.values()}),
+            "measure": "mean log((f - f*)/(f0 - f*)) over seeds; baselines at their best learning rate per step",
+            "all": summary(self.results),
+            "axes": {axis: summary(results) for axis, results in self.by_axis().items()},
+            "largest_violation": max(r.violation for r in self.results),
+            "share_finite": sum(r.finite for r in self.results) / len(self.results),
+            "tasks": [r.to_json() for r in self.results],
+        }
+
+
+def seconds_of_a_step(task: SuiteTask, makes: dict[str, Factory], steps: int = 5, rounds: int = 3) -> dict[str, float]:
+    """Return CPU seconds of one step, loss and gradient included, of single runs in turn, one thread."""
+    family, problem = task.family, task.family.problem
+    data = family.draw(torch.Generator().manual_seed(0), 1)
+    params = {name: value[0] for name, value in family.init(data, torch.Generator().manual_seed(0)).items()}
+    batches = family.sample(data, torch.Generator().manual_seed(0), steps)
+
+    def runner(make: Factory) -> Callable[[], None]:
+        optimizer = make(problem.geometry)
+        state = optimizer.init(params)
+
+        def run() -> None:
+            moved, kept = params, state
+            for t in range(steps):
+                batch = {name: value[t, 0] for name, value in batches.items()}
+                grads, value = torch.func.grad_and_value(problem.loss)(moved, batch)
+                moved, kept = optimizer.update(grads, kept, moved, value)
+
+        return run
+
+    found = interleaved({name: runner(make) for name, make in makes.items()}, rounds)
+    return {name: seconds / steps for name, seconds in found.items()}
+
+
+def compare(
+    name: str, make: Factory, tasks: Sequence[SuiteTask], folder: Path = archive.FOLDER
+) -> Iterator[tuple[SuiteTask, TaskResult | None]]:
+    """Run an untuned optimizer on tasks; yield each result, or ``None`` where the archive has no tuned peer.
+
+    Args:
+        name: of the optimizer, for error messages.
+        make: ``geometry -> optimizer``.
+        tasks: available ones.
+        folder: where the archive lies.
+    """
+    for task in tasks:
+        cells = archive.load(task.row, folder)
+        if PEER not in cells:
+            yield task, None
+            continue
+        curves = run_untuned(EvaluationTask(task.row, task.family), make, archive.SEEDS, task.horizon)
+        seconds = seconds_of_a_step(task, {name: make, PEER + " ": lambda geometry: RAdam(geometry, 1e-2)})
+        yield task, TaskResult(task, curves, cells, (seconds[name], seconds[PEER + " "]))

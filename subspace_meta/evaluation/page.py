@@ -1,0 +1,151 @@
+"""A comparison as a page: Markdown, and self-contained HTML with the plots inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+
+from subspace_meta.evaluation.comparison import PEER, Comparison, TaskResult
+from subspace_meta.evaluation.plots import plot_profile, plot_tasks
+
+Table = tuple[list[str], list[list[str]]]
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
+th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #888; } td:first-child, th:first-child { text-align: left; }
+.better { background: #d9f0e3; } .worse { background: #fbe3d6; } img { max-width: 100%; }
+"""
+
+
+def summary(comparison: Comparison) -> Table:
+    """Return what the suite says, all tasks together and by axis of generalisation."""
+    steps = sorted({step for result in comparison.results for step in result.compared})
+    header = ["", "tasks", *(f"no worse @{step}" for step in steps), "speed-up, steps", "speed-up, CPU seconds"]
+
+    def line(name: str, results: Sequence[TaskResult]) -> list[str]:
+        shares = []
+        for step in steps:
+            count, of = comparison.no_worse(step, results)
+            shares.append(f"{count}/{of}" if of else "")
+        return [name, str(len(results)), *shares, *(_interval(comparison.speed(s, results)) for s in (False, True))]
+
+    rows = [line("all", comparison.results)]
+    rows += [line(axis, results) for axis, results in comparison.by_axis().items()]
+    return header, rows
+
+
+def _interval(values: tuple[float, float, float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
+
+
+def losses(comparison: Comparison) -> Table:
+    """Return the losses of every task at every step, beside the best baseline's."""
+    steps = sorted({step for result in comparison.results for step in result.compared})
+    header = ["task", "on", "axis", *(f"@{step}" for step in steps), "speed-up", "violation"]
+    rows = []
+    for result in comparison.results:
+        cells = []
+        for step in steps:
+            if step not in result.compared:
+                cells.append("")
+                continue
+            name, best = result.best(step)
+            mark = {"better": "+", "tie": "=", "worse": "-"}[result.verdict(step)]
+            cells.append(f"{result.score(step):.2f} ({best:.2f} {name}) {mark}")
+        speed, censored = result.speed_ups()
+        rows.append(
+            [
+                result.task.row,
+                " x ".join(result.task.manifolds),
+                result.task.axis,
+                *cells,
+                f"{'>= ' if censored else ''}{float(speed.mean()):.2f}",
+                f"{result.violation:.0e}",
+            ]
+        )
+    return header, rows
+
+
+def figures(comparison: Comparison) -> Table:
+    """Return each task's own figure of merit, beside that of the baseline that is best in loss at the last step."""
+    header = ["task", "figure", "steps", "this optimizer", "best baseline in loss", "its figure"]
+    rows = []
+    for result in comparison.results:
+        for step in (step for step in (50, 100, 200, 400) if step in result.compared):
+            index = result.curves.checkpoints.index(step)
+            name, _ = result.best(step)
+            cell = result.cells[name]
+            theirs = cell.metric[cell.best(step), :, cell.checkpoints.index(step)].mean()
+            ours = result.curves.metric[0, :, index].mean()
+            first = step == 50
+            rows.append(
+                [
+                    result.task.row if first else "",
+                    result.task.metric if first else "",
+                    str(step),
+                    f"{float(ours):.4g}",
+                    name,
+                    f"{float(theirs):.4g}",
+                ]
+            )
+    return header, rows
+
+
+def preamble(comparison: Comparison) -> list[str]:
+    """Return how to read the tables, and what was measured where."""
+    described = comparison.to_json()
+    environment = described["environment"]
+    return [
+        "One untuned run a seed, no learning rate, against hand-made optimizers at their best learning rate of a grid "
+        "of 15 half-decades, chosen anew at every step count (from the archive). Losses are means over five seeds of "
+        "log((f - f*)/(f0 - f*)); lower is better. +, =, - : better than the best baseline, within 0.02 of it, worse.",
+        f"Speed-up: how many times more steps (CPU seconds) {PEER} with the best learning rate at each moment needs to "
+        "reach the same loss; interquartile mean over all runs with a 95 % stratified bootstrap interval. Where it "
+        "never gets there the length of its run counts (>=).",
+        f"Largest violation of a constraint {described['largest_violation']:.0e}; share of finite runs "
+        f"{described['share_finite']:.3f}. " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+    ]
+
+
+SECTIONS = (("Summary", summary), ("Losses", losses), ("Figures of merit", figures))
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return the report as Markdown."""
+    parts = [f"# {comparison.name} on {len(comparison.results)} tasks", *preamble(comparison)]
+    for title, make in SECTIONS:
+        header, rows = make(comparison)
+        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        parts += [f"## {title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(comparison: Comparison) -> str:
+    """Return the report as one HTML file that needs nothing else."""
+    title = html.escape(f"{comparison.name} on {len(comparison.results)} tasks")
+    parts = [f"<h1>{title}</h1>", *(f"<p>{html.escape(text)}</p>" for text in preamble(comparison))]
+    for name, make in SECTIONS:
+        parts += [f"<h2>{name}</h2>", _table(*make(comparison))]
+        if name == "Summary":
+            parts.append(_image(plot_profile(comparison), "performance profile"))
+    parts += ["<h2>Curves</h2>", _image(plot_tasks(comparison), "loss curves of every task")]
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    def cell(text: str) -> str:
+        kind = {"+": "better", "-": "worse"}.get(text[-1:], "")
+        return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+
+    top = "".join(f"<th>{html.escape(text)}</th>" for text in header)
+    body = "".join(f"<tr>{''.join(cell(text) for text in row)}</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _image(png: bytes, what: str) -> str:
+    return f'<img alt="{what}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

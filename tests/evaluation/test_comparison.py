@@ -1,0 +1,91 @@
+"""An optimizer against an archive of known content: verdicts, speed-ups, and the report's three forms."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import subspace_meta as sm
+from subspace_meta.evaluation import archive
+from subspace_meta.evaluation.comparison import Comparison, compare
+from subspace_meta.evaluation.page import markdown, page
+from subspace_meta.evaluation.protocol import BASELINES
+from subspace_meta.manifolds import Stiefel
+from subspace_meta.tasks import SyntheticPCA
+from subspace_meta.tasks.suite import SuiteTask
+
+TASKS = tuple(
+    SuiteTask(
+        f"PCA {d}x2",
+        SyntheticPCA(d, 2, batch_size=8, log10_scale=(0.0, 0.0), manifold=Stiefel()),
+        ("Stiefel",),
+        axis,
+        "excess",
+        "closed form",
+        horizon=60,
+    )
+    for d, axis in ((8, "unseen size"), (10, "real data"))
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An archive with two tuned baselines on both tasks, made by two processes."""
+    folder = tmp_path_factory.mktemp("archive")
+    few = [baseline for baseline in BASELINES if baseline.name in ("RSGD", "RAdam")]
+    made = list(archive.regenerate(archive.missing(TASKS, few, folder), jobs=1, folder=folder))
+    assert len(made) == 4
+    assert not archive.missing(TASKS, few, folder)
+    return folder
+
+
+def results(make, folder):
+    return [result for _, result in compare("ours", make, TASKS, folder)]
+
+
+def test_a_tuned_peer_ties_with_itself(folder):
+    """RAdam at the rate that is best at step 50 ties there, and its speed-up over itself is about 1."""
+    for task in TASKS:
+        cell = archive.load(task.row, folder)["RAdam"]
+        rate = cell.rates[cell.best(50)]
+        (result,) = [r for _, r in compare("ours", lambda g, rate=rate: sm.RAdam(g, rate), [task], folder)]
+        assert result.score(50) == pytest.approx(cell.score(50), abs=2e-3)
+        if result.best(50)[0] == "RAdam":
+            assert result.verdict(50) == "tie"
+        speed, _ = result.speed_ups()
+        assert 0.5 < float(speed.mean()) < 2.0
+        assert 0.3 < result.time_ratio() < 3.0
+
+
+def test_no_step_is_worse_and_slow(folder):
+    found = Comparison("ours", tuple(results(lambda g: sm.RSGD(g, 0.0), folder)))
+    for result in found.results:
+        assert result.verdict(20) == "worse"
+        assert result.score(50) == pytest.approx(0.0, abs=1e-4)
+    assert found.no_worse(20) == (0, 2)
+    assert found.speed()[0] < 0.1
+    assert found.profile(torch.tensor([0.5])).item() == 0.0
+
+
+def test_the_report_says_the_same_in_three_forms(folder):
+    found = Comparison("ours <b>", tuple(results(lambda g: sm.SubspaceOptimizer(g, sm.pretrained()), folder)))
+    described = json.loads(json.dumps(found.to_json()))
+    text, html = markdown(found), page(found)
+    score = f"{found.results[0].score(20):.2f} ({found.results[0].best(20)[1]:.2f} {found.results[0].best(20)[0]})"
+    assert score in text
+    assert score in html
+    assert described["tasks"][0]["log_excess"][0] == pytest.approx(found.results[0].score(20))
+    assert "ours &lt;b&gt;" in html
+    assert html.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="http', html)  # needs nothing else
+    assert described["share_finite"] == 1.0
+    assert set(described["axes"]) == {"unseen size", "real data"}
+    assert "| unseen size | 1 |" in text
+    low, high = found.speed()[1:]
+    assert low <= found.speed()[0] <= high
+
+
+def test_tasks_without_a_tuned_peer_are_named(folder):
+    other = SuiteTask("nowhere", TASKS[0].family, ("Stiefel",), "unseen size", "excess", "closed form")
+    assert list(compare("ours", lambda g: sm.RSGD(g, 0.1), [other], folder)) == [(other, None)]
