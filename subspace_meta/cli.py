@@ -46,6 +46,7 @@ from subspace_meta.adapter import features
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.benchmarks.meta import bench_meta
+from subspace_meta.benchmarks.predecessor import bench_predecessor
 from subspace_meta.benchmarks.step import bench_step, kernel_traffic
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.comparison import QUICK, Comparison, compare
@@ -533,6 +534,34 @@ def bench_step_command(
             f"{record['what']}: on a GPU {record['bytes'] / 1e6:.1f} MB a step, {record['ratio']:.3f} of the least; "
             f"{record['launches']} launches (2 a bucket, {record['buckets']} in use, and 3)"
         )
+
+
+@bench.command("predecessor")
+def bench_predecessor_command(
+    minutes: Annotated[float, typer.Option(help="CPU minutes of meta-training, for each optimizer and task.")] = 4.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with the curves.")] = False,
+) -> None:
+    """The matrix LSTM and the subspace optimizer, meta-trained for the same CPU time on YaleB and on Kylberg."""
+    if not minutes > 0.0:
+        raise UsageError(f"--minutes must be positive, got {minutes}")
+    try:
+        records = bench_predecessor(minutes)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if as_json:
+        typer.echo(json.dumps({"environment": environment(), "records": records}))
+        return
+    table = Table(title=f"after {minutes:g} CPU minutes of meta-training on the task itself; mean log excess")
+    checkpoints = records[0]["checkpoints"]
+    for column in ("task", "optimizer", "training", "meta-parameters", "outer steps", *(f"@{c}" for c in checkpoints)):
+        table.add_column(column, justify="left" if column in ("task", "optimizer", "training") else "right")
+    for record in records:
+        values = [record["log_excess"][record["steps"].index(step)] for step in checkpoints]
+        counts = (f"{record['meta_parameters']:,}", str(record["outer_steps"]))
+        table.add_row(
+            record["task"], record["optimizer"], record["training"], *counts, *(f"{value:.2f}" for value in values)
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @bench.command("meta")
