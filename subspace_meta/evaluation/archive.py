@@ -167,7 +167,9 @@ def code_hash(task: SuiteTask, baseline: Baseline) -> str:
     ]
     parts = [_meaning(inspect.getsource(module)) for module in modules]
     parts += [_meaning(inspect.getsource(f)) for f in DECIDING]
-    parts += [repr((task.row, task.family.name, task.horizon, SEEDS, protocol.GRID, protocol.MAX_EXTENSIONS))]
+    parts += [
+        repr((task.row, tasks_base.describe(task.family), task.horizon, SEEDS, protocol.GRID, protocol.MAX_EXTENSIONS))
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

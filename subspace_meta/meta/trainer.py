@@ -33,7 +33,7 @@ from subspace_meta.meta.cost import Cost, predict
 from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
-from subspace_meta.tasks.base import Data, TaskFamily
+from subspace_meta.tasks.base import Data, TaskFamily, describe
 
 LOSS_FLOOR = 1e-6
 MOST_SKIPPED = 20  # in a row: then something is wrong that waiting does not mend
@@ -334,7 +334,7 @@ class Trainer:
             "seed": settings.seed,
             "streams": [
                 {
-                    "families": [_describe(family) for family in s.families],
+                    "families": [describe(family) for family in s.families],
                     "tasks": s.tasks,
                     "weight": s.weight,
                     "compiled": s.compiled,
@@ -342,9 +342,3 @@ class Trainer:
                 for s in settings.streams
             ],
         }
-
-
-def _describe(family: TaskFamily) -> str:
-    """Return a description of a family that does not hold addresses of functions."""
-    fields = {name: getattr(value, "__name__", value) for name, value in vars(family).items()}
-    return f"{type(family).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"

@@ -66,16 +66,37 @@ class TaskFamily(abc.ABC):
         return data
 
 
-def draw_indices(size: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def describe(family: TaskFamily) -> str:
+    """Return a family's class and settings; functions by their names, without addresses."""
+    fields = {name: getattr(value, "__name__", value) for name, value in vars(family).items()}
+    return f"{type(family).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
+def draw_indices(size: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Draw uniform indices below ``size``, with replacement."""
     return torch.randint(size, shape, generator=generator)
 
 
-def draw_rows(data: Data, names: Iterable[str], batch_size: int, generator: torch.Generator, steps: int) -> Batch:
-    """Draw mini-batches of rows, with replacement: the same rows of every named entry ``(count, n, ...)``."""
+def draw_epochs(size: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Draw indices below ``size``, ``(steps, count, batch)``, each once an epoch; every call starts a new epoch."""
+    steps, count, batch = shape
+    epochs = -(-steps * batch // size)
+    order = torch.rand(count, epochs, size, generator=generator).argsort(dim=-1).flatten(1)
+    return order[:, : steps * batch].reshape(count, steps, batch).movedim(1, 0)
+
+
+def draw_rows(
+    data: Data,
+    names: Iterable[str],
+    batch_size: int,
+    generator: torch.Generator,
+    steps: int,
+    draw: Callable[[int, tuple[int, int, int], torch.Generator], Tensor] = draw_indices,
+) -> Batch:
+    """Draw mini-batches of rows, by default with replacement: the same rows of every named ``(count, n, ...)`` entry."""
     entries = {name: data[name] for name in names}
     count, n = next(iter(entries.values())).shape[:2]
-    indices = draw_indices(n, (steps, count, batch_size), generator)
+    indices = draw(n, (steps, count, batch_size), generator)
     tasks = torch.arange(count)[:, None]
     return {name: value[tasks, indices] for name, value in entries.items()}
 

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.manifolds import Stiefel
-from subspace_meta.tasks.base import Batch, Data, Problem, TaskFamily, draw_indices, draw_rows, once_per_task
+from subspace_meta.tasks.base import (
+    Batch,
+    Data,
+    Problem,
+    TaskFamily,
+    draw_epochs,
+    draw_indices,
+    draw_rows,
+    once_per_task,
+)
 
 Function = Callable[[Params, dict[str, Tensor]], Tensor]
 
@@ -91,6 +100,7 @@ class OrthonormalClassification(TaskFamily):
         rotate: give every task its own random rotation of the input space and permutation of the classes, and, for the
             objective, its own random subset of ``objective_size`` samples.
         load_test: the same for the test set, of a data set that has one; without it every fifth sample is the test set.
+        epochs: draw each sample once an epoch (of one call) instead of with replacement.
     """
 
     source: str
@@ -101,6 +111,7 @@ class OrthonormalClassification(TaskFamily):
     rotate: bool = False
     objective_size: int = 256
     load_test: Callable[[], tuple[Tensor, Tensor]] | None = None
+    epochs: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -153,7 +164,8 @@ class OrthonormalClassification(TaskFamily):
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Draw rows of the training part."""
         inputs, labels, _, _ = self._split()
-        indices = draw_indices(len(inputs), (steps, len(data["reference"]), self.batch_size), generator)
+        draw = draw_epochs if self.epochs else draw_indices
+        indices = draw(len(inputs), (steps, len(data["reference"]), self.batch_size), generator)
         return {
             "z": self._turn(inputs[indices], data["frame"]),
             "one_hot": self._one_hot(labels[indices], data["order"]),

@@ -27,7 +27,17 @@ from torch import Tensor
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.manifolds import SPD
 from subspace_meta.manifolds.base import identity_like
-from subspace_meta.tasks.base import Batch, Data, Problem, TaskFamily, draw_rows, once_per_task, symmetric_matrix
+from subspace_meta.tasks.base import (
+    Batch,
+    Data,
+    Problem,
+    TaskFamily,
+    draw_epochs,
+    draw_indices,
+    draw_rows,
+    once_per_task,
+    symmetric_matrix,
+)
 from subspace_meta.tasks.classification import split
 from subspace_meta.tasks.references import reference_by_descent
 
@@ -121,6 +131,7 @@ class KarcherMeans(TaskFamily):
         load: cached function that returns matrices ``(N, n, n)`` and labels ``(N,)``.
         classes: number of classes.
         n: size of the matrices.
+        epochs: draw each matrix once an epoch (of one call) instead of with replacement.
     """
 
     source: str
@@ -128,6 +139,7 @@ class KarcherMeans(TaskFamily):
     classes: int
     n: int
     batch_size: int = 64
+    epochs: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -144,8 +156,9 @@ class KarcherMeans(TaskFamily):
         return once_per_task(_karcher_data(self.load), count)
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
-        """Draw matrices, with replacement."""
-        return draw_rows(data, ("roots", "one_hot"), self.batch_size, generator, steps)
+        """Draw matrices."""
+        draw = draw_epochs if self.epochs else draw_indices
+        return draw_rows(data, ("roots", "one_hot"), self.batch_size, generator, steps, draw)
 
     def init(self, data: Data, generator: torch.Generator) -> Params:
         """Return identities."""

@@ -144,7 +144,9 @@ def _on_stiefel() -> tuple[SuiteTask, ...]:
     where = ("Stiefel",)
     mnist = OrthonormalClassification("MNIST", data.mnist_labelled, 10)
     digits = OrthonormalClassification(*DIGITS, 10)
-    faces = OrthonormalClassification("YaleB", data.yaleb, 38, log10_logit_scale=(0.0, 0.0), load_test=data.yaleb_test)
+    faces = OrthonormalClassification(
+        "YaleB", data.yaleb, 38, log10_logit_scale=(0.0, 0.0), load_test=data.yaleb_test, epochs=True
+    )
     perceptron = NetworkClassification(
         *DIGITS,
         "orthogonal perceptron 64-32-32-10",
@@ -218,7 +220,7 @@ def _on_stiefel() -> tuple[SuiteTask, ...]:
 
 def _on_positive_definite() -> tuple[SuiteTask, ...]:
     where = ("SPD",)
-    kylberg = KarcherMeans("Kylberg", data.kylberg, 20, 5, batch_size=512)
+    kylberg = KarcherMeans("Kylberg", data.kylberg, 20, 5, batch_size=512, epochs=True)
     digits = KarcherMeans("MNIST", data.mnist_covariances, 10, 5)
     distance = "distance to the best means, root mean square"
     return (

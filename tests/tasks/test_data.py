@@ -7,6 +7,7 @@ import torch
 
 from subspace_meta.presets import quick
 from subspace_meta.tasks import data
+from subspace_meta.tasks.base import draw_epochs
 from subspace_meta.tasks.suite import evaluation_suite
 
 TRAINING = {load for loads in data.TRAINING.values() for load in loads}
@@ -130,3 +131,15 @@ def test_tables_are_standardised(load, shape, classes):
     torch.testing.assert_close(inputs.mean(dim=0), torch.zeros(shape[1]), atol=1e-5, rtol=0)
     torch.testing.assert_close(inputs.std(dim=0), torch.ones(shape[1]), atol=1e-5, rtol=0)
     assert len(labels.unique()) == classes
+
+
+def test_epochs_use_every_row_once():
+    generator = torch.Generator().manual_seed(0)
+    indices = draw_epochs(10, (7, 2, 4), generator)  # 28 draws: two epochs and a part
+    assert indices.shape == (7, 2, 4)
+    for task in range(2):
+        drawn = indices[:, task].flatten()
+        for epoch in drawn[:10], drawn[10:20]:
+            assert sorted(epoch.tolist()) == list(range(10))
+        assert len(set(drawn[20:].tolist())) == 8
+    assert not torch.equal(indices[:, 0], indices[:, 1])
