@@ -93,7 +93,7 @@ def draw_rows(
     steps: int,
     draw: Callable[[int, tuple[int, int, int], torch.Generator], Tensor] = draw_indices,
 ) -> Batch:
-    """Draw mini-batches of rows, by default with replacement: the same rows of every named ``(count, n, ...)`` entry."""
+    """Draw mini-batches, by default with replacement: the same rows of every named ``(count, n, ...)`` entry."""
     entries = {name: data[name] for name in names}
     count, n = next(iter(entries.values())).shape[:2]
     indices = draw(n, (steps, count, batch_size), generator)
