@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_meta.benchmarks.timing import interleaved
+from subspace_meta.evaluation.timing import interleaved
 from subspace_meta.geometry import Geometry
 from subspace_meta.manifolds import Stiefel, StiefelCanonical
 from subspace_meta.optimizers import RSGD, RAdam

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.adapter.network import Weights
-from subspace_meta.benchmarks.timing import interleaved
+from subspace_meta.evaluation.timing import interleaved
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.meta.trainer import PresetOptimizer, relative_log_loss
 from subspace_meta.meta.unroll import InnerLoop, MetaGradient, pull_back, run

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.benchmarks.geometry import tall_shapes
-from subspace_meta.benchmarks.timing import interleaved
+from subspace_meta.evaluation.timing import interleaved
 
 
 def transformer_shapes(layers: int = 12, width: int = 768) -> list[tuple[int, int]]:

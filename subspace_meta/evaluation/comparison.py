@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_meta.benchmarks.timing import interleaved
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.archive import Cell, smoothed_minimum
 from subspace_meta.evaluation.protocol import FLOOR, TIE, Curves, EvaluationTask, run_untuned
 from subspace_meta.evaluation.report import environment
 from subspace_meta.evaluation.scores import bootstrap_interval, interquartile_mean, performance_profile, speed_up
+from subspace_meta.evaluation.timing import interleaved
 from subspace_meta.geometry import Geometry
 from subspace_meta.optimizers import RAdam
 from subspace_meta.optimizers.base import Optimizer
