@@ -45,7 +45,7 @@ def _launch() -> ModuleType:
 
 def _transformed() -> bool:
     """Return whether a ``torch.func`` transform or a forward-mode derivative is at work."""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler: a trace asks once, while the levels
@@ -408,8 +408,7 @@ def _define(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any])
     _LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, key)
-    register = getattr(torch.library, "register_fake", None) or torch.library.impl_abstract
-    register(f"subspace_kernels::{name}", shapes, lib=_LIBRARY)
+    _LIBRARY.impl(name, shapes, "Meta")
 
 
 _define("cross(Tensor[] a, Tensor[] b, Tensor? u, Tensor? v) -> (Tensor, Tensor)", _cross, _cross_shapes)

@@ -122,7 +122,7 @@ MUTANTS = (
     mutant("native", "min(BLOCK_COLUMNS, width - j)", "min(BLOCK_COLUMNS - 16, width - j)", "columns between blocks dropped"),
     mutant("native", "from += size[k];", "from += size[0];", "wrong segment"),
     # routes
-    mutant("operations", "torch._C._functorch.maybe_current_level() is not None or ", "", "kernels under torch.func"),
+    mutant("operations", "torch._C._functorch.peek_interpreter_stack() is not None or ", "", "kernels under torch.func"),
     mutant("operations", " or torch.autograd.forward_ad._current_level >= 0", "", "kernels on dual numbers"),
     mutant("operations", "usable = _on_device(tensors) and not torch.is_grad_enabled() and not _transformed()", "usable = _on_device(tensors) and not torch.is_grad_enabled()", "compiled kernels under torch.func"),
     mutant("operations", "usable = _on_device(tensors) and not torch.is_grad_enabled() and", "usable = _on_device(tensors) and", "compiled kernels where derivatives are wanted"),
