@@ -2,13 +2,14 @@
 
 import functools
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 import subspace_meta as sm
 from subspace_meta.tasks.references import descend
-from subspace_meta.tasks.suite import evaluation_suite
+from subspace_meta.tasks.suite import Axis, evaluation_suite
 
 SUITE = {task.row: task for task in evaluation_suite()}
 every_task = pytest.mark.parametrize("row", SUITE)
@@ -47,7 +48,7 @@ def double(tree):
 def test_the_suite_is_large_and_wide():
     assert len(SUITE) == len(evaluation_suite()) >= 26, "rows have different names"
     assert len({name for task in SUITE.values() for name in task.manifolds}) >= 8
-    assert {task.axis for task in SUITE.values()} == {"unseen size", "unseen task", "unseen manifold", "real data"}
+    assert {task.axis for task in SUITE.values()} == set(get_args(Axis))
     assert [task.row for task in SUITE.values() if task.needs_folder] == [
         "orthonormal classification of YaleB 1024x38",
         "Karcher means of Kylberg 20x5x5",
