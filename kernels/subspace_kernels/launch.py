@@ -685,10 +685,9 @@ def traffic(layout: Layout, momentum: bool, dtype: torch.dtype = torch.float32, 
 def minimum_bytes(layout: Layout, momentum: bool, dtype: torch.dtype = torch.float32, hidden: int = 20) -> int:
     """Return the bytes of a step in three passes: G read twice, D written once (with momentum R, M read and M' written,
     then R, M' read and D written), and the state (hidden and cell) read and written once."""
-    entries = sum(math.prod(shape) for shape in layout.shapes)
     n = layout.rows + layout.columns
     matrices = 2 * dtype.itemsize + 4 + (12 if momentum else 0)
-    return entries * matrices + 16 * hidden * n
+    return layout.entries * matrices + 16 * hidden * n
 
 
 def launch_count(layout: Layout, momentum: bool, dtype: torch.dtype = torch.float32) -> int:
@@ -744,7 +743,7 @@ def chunked(
         moved = traffic(part, momentum, dtype, hidden)
         total += sum(entry.read + entry.written for entry in moved)
         count += sum(entry.launches for entry in moved)
-        size = sum(math.prod(shape) for shape in part.shapes) * (dtype.itemsize + 4 * momentum)
+        size = part.entries * (dtype.itemsize + 4 * momentum)
         if size <= cache_bytes:
             total -= size
     return Chunked(len(cut), count, total)

@@ -150,6 +150,16 @@ class Comparison:
         groups = [r.speed_ups()[0] / (r.time_ratio() if in_seconds else 1.0) for r in chosen]
         return float(interquartile_mean(torch.cat(groups))), *bootstrap_interval(groups)
 
+    @property
+    def largest_violation(self) -> float:
+        """The largest constraint violation at the end of a run."""
+        return max(r.violation for r in self.results)
+
+    @property
+    def share_finite(self) -> float:
+        """The share of runs without a non-finite objective."""
+        return sum(r.finite for r in self.results) / len(self.results)
+
     def profile(self, thresholds: Tensor) -> Tensor:
         """Return the share of runs whose speed-up in steps is at least each threshold."""
         return performance_profile(torch.cat([r.speed_ups()[0] for r in self.results]), thresholds)
@@ -180,8 +190,8 @@ class Comparison:
             "measure": "mean log((f - f*)/(f0 - f*)) over seeds; baselines at their best learning rate per step",
             "all": summary(self.results),
             "axes": {axis: summary(results) for axis, results in self.by_axis().items()},
-            "largest_violation": max(r.violation for r in self.results),
-            "share_finite": sum(r.finite for r in self.results) / len(self.results),
+            "largest_violation": self.largest_violation,
+            "share_finite": self.share_finite,
             "tasks": [r.to_json() for r in self.results],
         }
 

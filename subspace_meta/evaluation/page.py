@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from subspace_meta.evaluation.comparison import PEER, Comparison, TaskResult
 from subspace_meta.evaluation.plots import plot_profile, plot_tasks
+from subspace_meta.evaluation.report import environment
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -96,8 +97,6 @@ def figures(comparison: Comparison) -> Table:
 
 def preamble(comparison: Comparison) -> list[str]:
     """Return how to read the tables, and what was measured where."""
-    described = comparison.to_json()
-    environment = described["environment"]
     return [
         "One untuned run a seed, no learning rate, against hand-made optimizers at their best learning rate of a grid "
         "of 15 half-decades, chosen anew at every step count (from the archive). Losses are means over five seeds of "
@@ -105,8 +104,8 @@ def preamble(comparison: Comparison) -> list[str]:
         f"Speed-up: how many times more steps (CPU seconds) {PEER} with the best learning rate at each moment needs to "
         "reach the same loss; interquartile mean over all runs with a 95 % stratified bootstrap interval. Where it "
         "never gets there the length of its run counts (>=).",
-        f"Largest violation of a constraint {described['largest_violation']:.0e}; share of finite runs "
-        f"{described['share_finite']:.3f}. " + ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
+        f"Largest violation of a constraint {comparison.largest_violation:.0e}; share of finite runs "
+        f"{comparison.share_finite:.3f}. " + ", ".join(f"{key} {value}" for key, value in environment().items()) + ".",
     ]
 
 
