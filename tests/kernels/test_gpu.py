@@ -9,23 +9,13 @@ from subspace_kernels import launch, reference
 from subspace_kernels.layout import Layout
 from subspace_kernels.reference import Inputs, Network
 
+from subspace_meta.benchmarks.geometry import tall_shapes
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 SHAPES = [(5, 7), (130, 140), (2, 3, 30, 300), (20, 200), (500, 3), (64, 128), (257, 64), (1, 1)]
-
-
-def resnet50():
-    shapes = [(64, 3 * 49)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, channels), (width, 9 * width), (4 * width, width)]
-            if block == 0:
-                shapes.append((4 * width, channels))
-            channels = 4 * width
-    return [(max(shape), min(shape)) for shape in shapes]
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -134,7 +124,7 @@ def test_network():
 
 
 def test_bandwidth_and_step():
-    r = [normal(*shape) for shape in resnet50()]
+    r = [normal(*shape) for shape in tall_shapes()]
     layout = reference.layout_of(r)
     network, seen, hidden, cell = make_network(layout, 1, 3)
     out = [torch.empty_like(x) for x in r]

@@ -8,18 +8,12 @@ import torch
 from subspace_kernels import launch, reference
 from subspace_kernels.layout import Layout
 
+from subspace_meta.benchmarks.geometry import tall_shapes
+
 
 def resnet50():
     """The 53 convolutions as tall matrices."""
-    shapes = [(64, 3 * 49)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, channels), (width, 9 * width), (4 * width, width)]
-            if block == 0:
-                shapes.append((4 * width, channels))
-            channels = 4 * width
-    return Layout(tuple((max(shape), min(shape)) for shape in shapes))
+    return Layout(tuple(tall_shapes()))
 
 
 TRANSFORMER = Layout((((768, 768),) * 4 + ((3072, 768), (768, 3072))) * 12)
