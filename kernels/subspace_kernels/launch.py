@@ -412,14 +412,20 @@ def cross(
         TypeError: entries are not float32, bfloat16 or float16.
         RuntimeError: CPU tensors outside Triton's interpreter.
     """
+    sums = cross_sums(a, b, u, v)
+    rows = layout_of(a).rows
+    return sums[:rows], sums[rows:]
+
+
+def cross_sums(a: Sequence[Tensor], b: Sequence[Tensor], u: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    """Return what :func:`cross` returns as one tensor: ``(N,)``, the rows first."""
     if not len(a):
-        return torch.empty(0), torch.empty(0)
+        return torch.empty(0)
     layout = layout_of(a)
     ready, same = _pair(a, b, layout)
     u, v = _packed(u, layout.rows, "u", ready.device), _packed(v, layout.columns, "v", ready.device)
     ones = _per_matrix_on((1.0,) * 2 * len(a), layout.matrix_counts, ready.device)
-    sums = _sums(ready, ones, u, v, SAME=same, MOMENTS=False)[0]
-    return sums[: layout.rows], sums[layout.rows :]
+    return _sums(ready, ones, u, v, SAME=same, MOMENTS=False)[0]
 
 
 def cross_means(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout) -> Tensor:

@@ -183,7 +183,9 @@ def cross(
     if route == "autograd":
         return _applied(_Cross, len(a), u, v, *a, *b)
     if route == "compiled":
-        return torch.ops.subspace_kernels.cross(list(a), list(b), u, v)
+        sums = torch.ops.subspace_kernels.cross_sums(list(a), list(b), u, v)
+        rows = reference.layout_of(a).rows
+        return sums[:rows], sums[rows:]
     return reference.cross(a, b, u, v)
 
 
@@ -314,7 +316,8 @@ def directions(
     return reference.directions(r, m, mix, scale, layout, rank2 if route == "autograd" else reference.rank2)
 
 
-# The operators of compiled steps. They have no derivative and no batching rule: `_route` keeps them from both.
+# The operators of compiled steps. They have no derivative and no batching rule: `_route` keeps them from both. No two
+# of an operator's results may share memory, so that of `cross` is one tensor.
 
 _LIBRARY: Any = torch.library.Library("subspace_kernels", "DEF")  # type: ignore[no-untyped-call]
 
@@ -339,15 +342,12 @@ def _coordinates(tensors: Sequence[Tensor]) -> tuple[int, int]:
     return layout.rows, layout.columns
 
 
-def _cross(a: Sequence[Tensor], b: Sequence[Tensor], u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _launch().cross(a, _same(a, b), u, v)
+def _cross_sums(a: Sequence[Tensor], b: Sequence[Tensor], u: Tensor | None, v: Tensor | None) -> Tensor:
+    return _launch().cross_sums(a, _same(a, b), u, v)
 
 
-def _cross_shapes(
-    a: Sequence[Tensor], b: Sequence[Tensor], u: Tensor | None, v: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    rows, columns = _coordinates(a)
-    return a[0].new_empty(rows, dtype=torch.float32), a[0].new_empty(columns, dtype=torch.float32)
+def _cross_sums_shapes(a: Sequence[Tensor], b: Sequence[Tensor], u: Tensor | None, v: Tensor | None) -> Tensor:
+    return _cross_means_shapes(a, b)
 
 
 def _cross_means(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -411,7 +411,7 @@ def _define(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any])
     _LIBRARY.impl(name, shapes, "Meta")
 
 
-_define("cross(Tensor[] a, Tensor[] b, Tensor? u, Tensor? v) -> (Tensor, Tensor)", _cross, _cross_shapes)
+_define("cross_sums(Tensor[] a, Tensor[] b, Tensor? u, Tensor? v) -> Tensor", _cross_sums, _cross_sums_shapes)
 _define("cross_means(Tensor[] a, Tensor[] b) -> Tensor", _cross_means, _cross_means_shapes)
 _define("rank2(Tensor[] x, Tensor a, Tensor v, Tensor? u, Tensor? b) -> Tensor[]", _rank2, _rank2_shapes)
 _define("moments(Tensor[] r, Tensor[] m, Tensor weight) -> (Tensor[], Tensor)", _moments, _moments_shapes)
