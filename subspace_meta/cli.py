@@ -48,7 +48,7 @@ from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.benchmarks.meta import bench_meta
 from subspace_meta.benchmarks.predecessor import bench_predecessor
 from subspace_meta.benchmarks.step import bench_step, kernel_traffic
-from subspace_meta.evaluation import archive
+from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import QUICK, Comparison, compare
 from subspace_meta.evaluation.page import losses, markdown, page, summary
 from subspace_meta.evaluation.plots import plot_curves, plot_training
@@ -551,17 +551,13 @@ def bench_predecessor_command(
     if as_json:
         typer.echo(json.dumps({"environment": environment(), "records": records}))
         return
-    table = Table(title=f"after {minutes:g} CPU minutes of meta-training on the task itself; mean log excess")
-    checkpoints = records[0]["checkpoints"]
-    for column in ("task", "optimizer", "training", "meta-parameters", "outer steps", *(f"@{c}" for c in checkpoints)):
-        table.add_column(column, justify="left" if column in ("task", "optimizer", "training") else "right")
-    for record in records:
-        values = [record["log_excess"][record["steps"].index(step)] for step in checkpoints]
-        counts = (f"{record['meta_parameters']:,}", str(record["outer_steps"]))
-        table.add_row(
-            record["task"], record["optimizer"], record["training"], *counts, *(f"{value:.2f}" for value in values)
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    table = Table(title=f"{minutes:g} CPU minutes of meta-training on the task itself; mean log excess")
+    header, rows = predecessor.table(records)
+    for column in header:
+        table.add_column(column, justify="left" if column in ("task", "optimizer", "meta-training") else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @bench.command("meta")

@@ -196,7 +196,7 @@ class Comparison:
         }
 
 
-def seconds_of_a_step(task: SuiteTask, makes: dict[str, Factory], steps: int = 5, rounds: int = 3) -> dict[str, float]:
+def seconds_of_a_step(task: SuiteTask, makes: Sequence[Factory], steps: int = 5, rounds: int = 3) -> list[float]:
     """Return CPU seconds of one step, loss and gradient included, of single runs in turn, one thread."""
     family, problem = task.family, task.family.problem
     data = family.draw(torch.Generator().manual_seed(0), 1)
@@ -216,8 +216,8 @@ def seconds_of_a_step(task: SuiteTask, makes: dict[str, Factory], steps: int = 5
 
         return run
 
-    found = interleaved({name: runner(make) for name, make in makes.items()}, rounds)
-    return {name: seconds / steps for name, seconds in found.items()}
+    found = interleaved({str(i): runner(make) for i, make in enumerate(makes)}, rounds)
+    return [seconds / steps for seconds in found.values()]
 
 
 def compare(
@@ -237,5 +237,5 @@ def compare(
             yield task, None
             continue
         curves = run_untuned(EvaluationTask(task.row, task.family), make, archive.SEEDS, task.horizon)
-        seconds = seconds_of_a_step(task, {name: make, PEER + " ": lambda geometry: RAdam(geometry, 1e-2)})
-        yield task, TaskResult(task, curves, cells, (seconds[name], seconds[PEER + " "]))
+        ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)))
+        yield task, TaskResult(task, curves, cells, (ours, peers))

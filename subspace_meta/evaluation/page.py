@@ -6,8 +6,9 @@ import base64
 import html
 from collections.abc import Sequence
 
+from subspace_meta.evaluation import predecessor
 from subspace_meta.evaluation.comparison import PEER, Comparison, TaskResult
-from subspace_meta.evaluation.plots import plot_profile, plot_tasks
+from subspace_meta.evaluation.plots import plot_predecessor, plot_profile, plot_tasks
 from subspace_meta.evaluation.report import environment
 
 Table = tuple[list[str], list[list[str]]]
@@ -17,6 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; } td:first-child, th:first-child { text-align: left; }
+.wide { overflow-x: auto; }
 .better { background: #d9f0e3; } .worse { background: #fbe3d6; } img { max-width: 100%; }
 """
 
@@ -112,15 +114,34 @@ def preamble(comparison: Comparison) -> list[str]:
 SECTIONS = (("Summary", summary), ("Losses", losses), ("Figures of merit", figures))
 
 
+PREDECESSOR = "Beside the matrix LSTM"
+
+
+def _about_the_predecessor(records: Sequence[predecessor.Record]) -> str:
+    return (
+        f"Matrix LSTM and subspace optimizer, each meta-trained for {records[0]['minutes']:g} CPU minutes on the very "
+        "task that it is judged on, as the published comparisons do; losses as above. Not part of this run: "
+        f"subspace-meta bench predecessor, {predecessor.where()}."
+    )
+
+
+def _recorded(comparison: Comparison) -> list[predecessor.Record]:
+    return predecessor.recorded({result.task.row for result in comparison.results})
+
+
 def markdown(comparison: Comparison) -> str:
     """Return the report as Markdown."""
     parts = [f"# {comparison.name} on {len(comparison.results)} tasks", *preamble(comparison)]
     for title, make in SECTIONS:
-        header, rows = make(comparison)
-        lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        parts += [f"## {title}", "\n".join(lines)]
+        parts += [f"## {title}", _pipes(*make(comparison))]
+    if records := _recorded(comparison):
+        parts += [f"## {PREDECESSOR}", _about_the_predecessor(records), _pipes(*predecessor.table(records))]
     return "\n\n".join(parts) + "\n"
+
+
+def _pipes(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def page(comparison: Comparison) -> str:
@@ -132,6 +153,9 @@ def page(comparison: Comparison) -> str:
         if name == "Summary":
             parts.append(_image(plot_profile(comparison), "performance profile"))
     parts += ["<h2>Curves</h2>", _image(plot_tasks(comparison), "loss curves of every task")]
+    if records := _recorded(comparison):
+        parts += [f"<h2>{PREDECESSOR}</h2>", f"<p>{html.escape(_about_the_predecessor(records))}</p>"]
+        parts += [_table(*predecessor.table(records)), _image(plot_predecessor(records), "loss curves of both")]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
@@ -143,7 +167,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
     top = "".join(f"<th>{html.escape(text)}</th>" for text in header)
     body = "".join(f"<tr>{''.join(cell(text) for text in row)}</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def _image(png: bytes, what: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from subspace_meta.checkpoint import write_atomically
 from subspace_meta.evaluation.comparison import PEER, Comparison
+from subspace_meta.evaluation.predecessor import Record
 from subspace_meta.evaluation.report import LEARNED, Results
 
 # Okabe and Ito's palette, distinguishable with colour-blindness; the learned optimizer is the one that stands out.
@@ -111,6 +113,31 @@ def plot_tasks(comparison: Comparison) -> bytes:
     axes.flat[0].legend(fontsize=7)
     figure.supxlabel("step")
     figure.supylabel("log relative excess loss")
+    figure.tight_layout()
+    return _png(figure)
+
+
+def plot_predecessor(records: Sequence[Record]) -> bytes:
+    """Return a PNG: one panel a task, the matrix LSTM and the subspace optimizer before and after meta-training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(dict.fromkeys(record["task"] for record in records))
+    colours = dict(zip(dict.fromkeys(record["optimizer"] for record in records), COLOURS[1::2], strict=False))
+    figure, axes = plt.subplots(1, len(rows), figsize=(5.6 * len(rows), 4.0), squeeze=False)
+    for axis, row in zip(axes.flat, rows, strict=True):
+        for record in records:
+            if record["task"] == row:
+                style = "-" if record["training"] == "after" else ":"
+                label = f"{record['optimizer']}, {record['training']} meta-training"
+                axis.plot(record["steps"], record["log_excess"], style, color=colours[record["optimizer"]], label=label)
+        axis.set_title(row, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylabel("log relative excess loss")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
     return _png(figure)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import subspace_meta as sm
-from subspace_meta.evaluation import archive
+from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import Comparison, compare
 from subspace_meta.evaluation.page import markdown, page
 from subspace_meta.evaluation.protocol import BASELINES
@@ -84,6 +84,26 @@ def test_the_report_says_the_same_in_three_forms(folder):
     assert "| unseen size | 1 |" in text
     low, high = found.speed()[1:]
     assert low <= found.speed()[0] <= high
+
+
+def test_what_was_measured_beside_the_predecessor_is_in_the_report(folder, tmp_path, monkeypatch):
+    """Only the tasks of the report, and only if they were measured."""
+    steps, curve = [0, 10, 20], [0.0, -1.25, -2.5]
+    record = dict.fromkeys(("meta_parameters", "outer_steps", "minutes", "cpu_seconds_a_step"), 7)
+    record |= {"optimizer": "MatrixLSTM", "training": "after", "steps": steps, "log_excess": curve}
+    record |= {"checkpoints": [10, 20], "metric": [0.5, 0.625]}
+    file = tmp_path / "predecessor.json"
+    records = [{**record, "task": row} for row in (TASKS[0].row, "another task")]
+    file.write_text(json.dumps({"environment": {"machine": "a <small> one"}, "records": records}))
+    monkeypatch.setattr(predecessor, "FILE", file)
+    predecessor.content.cache_clear()
+    found = Comparison("ours", tuple(results(lambda g: sm.RSGD(g, 1e-2), folder)))
+    text, html = markdown(found), page(found)
+    assert f"| {TASKS[0].row} | MatrixLSTM | after | 7 | 7 | 7 | -1.25 | -2.50 | 0.625 |" in text
+    assert "another task" not in text
+    assert "a &lt;small&gt; one" in html
+    assert html.count("data:image/png;base64,") == 3
+    predecessor.content.cache_clear()
 
 
 def test_tasks_without_a_tuned_peer_are_named(folder):
