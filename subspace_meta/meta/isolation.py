@@ -91,7 +91,7 @@ def segment_gradient(
 
 def _finite(tree: dict[str, Tensor]) -> Tensor:
     """Return for each task whether all its numbers are finite."""
-    return torch.stack([torch.isfinite(value).flatten(1).all(dim=1) for value in tree.values()]).all(dim=0)
+    return torch.stack([torch.isfinite(value).reshape(len(value), -1).all(dim=1) for value in tree.values()]).all(dim=0)
 
 
 def _lost(theta: Weights, trace: Trace, own: Tensor) -> SegmentGradient:

@@ -15,6 +15,8 @@ from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.trainer import PresetOptimizer, StreamSettings, Trainer, TrainSettings
 from subspace_meta.meta.unroll import InnerLoop
 from subspace_meta.tasks import Problem, SyntheticPCA
+from subspace_meta.tasks import data as data_sets
+from subspace_meta.tasks.classification import LogisticRegression
 from subspace_meta.tasks.pca import pca_problem
 
 TASKS, STEPS, D, P = 6, 4, 5, 2
@@ -106,3 +108,11 @@ def test_the_trainer_counts_them_and_goes_on() -> None:
     assert 0 < trainer.spoiled_tasks < 12
     assert figures[-1]["spoiled_tasks"] == trainer.spoiled_tasks
     assert all(math.isfinite(f["outer_loss"]) and math.isfinite(f["final_log_excess"]) for f in figures)
+
+
+def test_parameters_without_dimensions() -> None:
+    """A bias that is one number a task is a parameter like any other."""
+    family = LogisticRegression("wine", data_sets.wine, batch_size=8)
+    stream = StreamSettings((family,), tasks=2, compiled=False)
+    (figures,) = Trainer(TrainSettings((stream,), outer_steps=1, segment=2, horizon=(2, 2))).run()
+    assert math.isfinite(figures["gradient_norm"])
