@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.manifolds import SPD
+from subspace_meta.manifolds import SPD, SPDExponential
 from subspace_meta.manifolds.base import identity_like
 from subspace_meta.tasks.base import (
     Batch,
@@ -75,8 +75,9 @@ def mean_error(params: Params, data: Data) -> Tensor:
 
 @functools.cache
 def karcher_problem(classes: int, n: int) -> Problem:
-    """Return the problem of one size."""
-    geometry = Geometry.from_rules({"means": torch.empty(classes, n, n, device="meta")}, {"means": SPD()})
+    """Return the problem of one size. Its starts are far away, where only the exponential map takes long steps well."""
+    manifold = SPD(SPDExponential())
+    geometry = Geometry.from_rules({"means": torch.empty(classes, n, n, device="meta")}, {"means": manifold})
     return Problem(geometry, karcher_loss, karcher_loss, mean_error)
 
 
