@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -49,7 +50,7 @@ from subspace_meta.benchmarks.meta import bench_meta
 from subspace_meta.benchmarks.predecessor import bench_predecessor
 from subspace_meta.benchmarks.step import bench_step, kernel_traffic
 from subspace_meta.evaluation import archive, predecessor
-from subspace_meta.evaluation.comparison import QUICK, Comparison, compare
+from subspace_meta.evaluation.comparison import QUICK, Comparison, TaskResult, compare, doubts
 from subspace_meta.evaluation.page import losses, markdown, page, summary
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import BASELINES, TIE
@@ -360,7 +361,8 @@ def evaluate(
         str, typer.Option(help="package.module:tasks, a sequence of your own SuiteTask, instead of the suite.")
     ] = "",
     folder: Annotated[
-        Path, typer.Option("--archive", help="Folder of tuned baselines.  [default: the one that ships]")
+        Path,
+        typer.Option("--archive", help="Folder of tuned baselines.  [default: the one that ships]", show_default=False),
     ] = archive.FOLDER,
     out: Annotated[Path | None, typer.Option(help="Folder for report.md, report.html and results.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -374,27 +376,30 @@ def evaluate(
     name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer)
     chosen = _chosen_tasks(suite, tasks, own)
     if out is not None:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out is a folder; {out} is a file")
         out.mkdir(parents=True, exist_ok=True)  # an unwritable place is said now, not after minutes
-    results, untuned = [], []
+    results: list[TaskResult] = []
+    reasons: list[str] = []
     with _progress(quiet) as progress:
         bar = progress.add_task("evaluating", total=len(chosen), note=chosen[0].row[:44])
         for done, (task, result) in enumerate(compare(name, make, chosen, folder), start=1):
-            untuned.append(task.row) if result is None else results.append(result)
+            reasons.append(f"{task.row}: {result}") if isinstance(result, str) else results.append(result)
             progress.update(bar, advance=1, note=chosen[min(done, len(chosen) - 1)].row[:44])
     if not results:
-        raise UsageError(f"none of these tasks has tuned baselines in {folder}; make them with subspace-meta archive")
-    if untuned:
-        console.print(
-            f"left out, no tuned baselines in {folder}, which subspace-meta archive makes: {'; '.join(untuned)}"
-        )
-    found = Comparison(name, tuple(results))
+        raise UsageError(f"there is nothing to report. {'; '.join(reasons[:3])}")
+    notes = [*doubts([result.task for result in results], folder), *(f"left out, {reason}" for reason in reasons)]
+    for note in notes:
+        console.print(note)
+    found = Comparison(name, tuple(results), tuple(notes))
+    described = json.dumps(finite_or_null(found.to_json()), indent=None if as_json else 1)
     if out is not None:
-        write_atomically(out / "results.json", json.dumps(found.to_json(), indent=1).encode())
+        write_atomically(out / "results.json", described.encode())
         write_atomically(out / "report.md", markdown(found).encode())
         write_atomically(out / "report.html", page(found).encode())
         console.print(f"wrote {out}/report.html, report.md and results.json")
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(described)
         return
     for title, (header, rows) in (("summary", summary(found)), ("losses", losses(found))):
         table = Table(title=title)
@@ -403,6 +408,15 @@ def evaluate(
         for row in rows:
             table.add_row(*row)
         Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return JSON-ready content with ``None`` for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _imported(path: str, what: str) -> Any:
@@ -426,19 +440,33 @@ def _chosen_optimizer(weights: Path, optimizer: str) -> tuple[str, Any]:
     return weights.stem, lambda geometry: SubspaceOptimizer(geometry, theta, adapter)
 
 
+def _own_tasks(path: str) -> list[SuiteTask]:
+    """Return the tasks that a user named, after a look at what they are."""
+    tasks = _imported(path, "own")
+    if not isinstance(tasks, list | tuple) or not all(isinstance(task, SuiteTask) for task in tasks) or not tasks:
+        raise UsageError(f"--own {path} must be a list or tuple of SuiteTask, got {tasks!r:.200}")
+    files = [archive.path_of(task.row).name for task in tasks]
+    if twice := [task.row for task, file in zip(tasks, files, strict=True) if files.count(file) > 1]:
+        raise UsageError(
+            f"--own {path}: these tasks would share a file of the archive, rename them: {', '.join(twice)}"
+        )
+    return list(tasks)
+
+
 def _chosen_tasks(suite: str, pattern: str, own: str) -> list[SuiteTask]:
     """Return the tasks that the options mean, those without their data left out with a word."""
     if suite not in ("full", "quick"):
         raise UsageError(f"there is no suite {suite!r}; there are: full, quick")
-    tasks = list(_imported(own, "own")) if own else list(evaluation_suite())
+    tasks = _own_tasks(own) if own else list(evaluation_suite())
     named = [task for task in tasks if own or suite == "full" or task.row in QUICK]
-    matching = [task for task in named if fnmatch.fnmatch(task.row.lower(), pattern.lower())]
+    exact = [task for task in named if task.row.lower() == pattern.lower()]  # a name may hold what patterns are made of
+    matching = exact or [task for task in named if fnmatch.fnmatch(task.row.lower(), pattern.lower())]
     if not matching:
         raise UsageError(f"no task matches {pattern!r}; there are: {'; '.join(task.row for task in named)}")
     available = [task for task in matching if task.available]
     if len(available) < len(matching):
         console.print(
-            f"left out, {DATA_VARIABLE} names no folder with their data: "
+            f"left out, the folder that {DATA_VARIABLE} names does not hold their data: "
             + "; ".join(task.row for task in matching if not task.available)
         )
     if not available:
@@ -453,7 +481,10 @@ def make_archive(
     own: Annotated[
         str, typer.Option(help="package.module:tasks, a sequence of your own SuiteTask, instead of the suite.")
     ] = "",
-    folder: Annotated[Path, typer.Option("--folder", help="Where the archive lies.")] = archive.FOLDER,
+    folder: Annotated[
+        Path,
+        typer.Option("--archive", "--folder", help="Where it lies.  [default: the one that ships]", show_default=False),
+    ] = archive.FOLDER,
     jobs: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing or stale.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -462,7 +493,10 @@ def make_archive(
     chosen = [b for b in BASELINES if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
     if not chosen:
         raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in BASELINES)}")
-    todo = archive.missing(_chosen_tasks("full", tasks, own), chosen, folder)
+    try:
+        todo = archive.missing(_chosen_tasks("full", tasks, own), chosen, folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     typer.echo(f"missing or stale: {len(todo)}")
     if dry_run or not todo:
         for task, baseline in todo:
@@ -609,6 +643,12 @@ def _options(
         typer.echo(context.get_help())
 
 
+AFTER_STOP = {
+    "train": "; a run that had begun goes on with: train --name NAME --resume",
+    "archive": "; finished cells are kept, the same command goes on",
+}
+
+
 def main() -> None:
     """Run the command line; errors of the user are one line on stderr and exit code 2."""
     # torch's own compiler calls what torch has deprecated; the user can do nothing about it.
@@ -623,7 +663,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:  # what typer, too, makes of Ctrl-C
-        _complain("stopped; a training run that had begun goes on with: train --name NAME --resume")
+        _complain(f"stopped{AFTER_STOP.get(next(iter(sys.argv[1:]), ''), '')}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -22,7 +22,7 @@ import os
 import pkgutil
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -144,6 +144,12 @@ def _meaning(source: str) -> str:
     return ast.dump(_WithoutDocstrings().visit(ast.parse(textwrap.dedent(source))))
 
 
+@functools.cache
+def _meaning_of(code: ModuleType | Callable[..., Any]) -> str:
+    return _meaning(inspect.getsource(code))
+
+
+@functools.cache
 def _submodules(package: ModuleType) -> list[ModuleType]:
     names = (f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))
     return [importlib.import_module(name) for name in names if not name.endswith(".checks")]
@@ -165,8 +171,8 @@ def code_hash(task: SuiteTask, baseline: Baseline) -> str:
         references,
         importlib.import_module(type(task.family).__module__),
     ]
-    parts = [_meaning(inspect.getsource(module)) for module in modules]
-    parts += [_meaning(inspect.getsource(f)) for f in DECIDING]
+    parts = [_meaning_of(module) for module in modules]
+    parts += [_meaning_of(f) for f in DECIDING]
     parts += [
         repr((task.row, tasks_base.describe(task.family), task.horizon, SEEDS, protocol.GRID, protocol.MAX_EXTENSIONS))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class TaskResult:
         """Return the speed-up over the tuned peer in steps, one a seed, and whether one is only a lower bound."""
         curves = smoothed_minimum(self.curves.log_excess[0])
         peer = self.cells[PEER]
-        at = [step for step in (*TIMED, *LONG[:-1]) if step < self.task.horizon]
+        at = [step for step in (*TIMED, *LONG[:-1]) if step < self.task.horizon] or [self.compared[0]]
         found = [speed_up(self.curves.steps, curve, peer.steps, peer.envelope, at) for curve in curves]
         return torch.tensor([value for value, _ in found]), any(censored for _, censored in found)
 
@@ -132,10 +133,17 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results on several tasks, and what they say together."""
+    """The results on several tasks, and what they say together.
+
+    Attributes:
+        name: of the optimizer.
+        results: one a task.
+        notes: sentences that a reader of the figures must know.
+    """
 
     name: str
     results: tuple[TaskResult, ...]
+    notes: tuple[str, ...] = ()
 
     def no_worse(self, step: int, results: Sequence[TaskResult] | None = None) -> tuple[int, int]:
         """Return on how many tasks the optimizer is no worse than the best baseline at a step, and of how many."""
@@ -192,6 +200,7 @@ class Comparison:
             "axes": {axis: summary(results) for axis, results in self.by_axis().items()},
             "largest_violation": self.largest_violation,
             "share_finite": self.share_finite,
+            "notes": list(self.notes),
             "tasks": [r.to_json() for r in self.results],
         }
 
@@ -222,20 +231,35 @@ def seconds_of_a_step(task: SuiteTask, makes: Sequence[Factory], steps: int = 5,
 
 def compare(
     name: str, make: Factory, tasks: Sequence[SuiteTask], folder: Path = archive.FOLDER
-) -> Iterator[tuple[SuiteTask, TaskResult | None]]:
-    """Run an untuned optimizer on tasks; yield each result, or ``None`` where the archive has no tuned peer.
+) -> Iterator[tuple[SuiteTask, TaskResult | str]]:
+    """Run an untuned optimizer on tasks; yield each result, or why there is none.
+
+    What the optimizer or the task raises stops that task alone.
 
     Args:
-        name: of the optimizer, for error messages.
+        name: of the optimizer, for messages.
         make: ``geometry -> optimizer``.
         tasks: available ones.
         folder: where the archive lies.
     """
     for task in tasks:
-        cells = archive.load(task.row, folder)
-        if PEER not in cells:
-            yield task, None
-            continue
-        curves = run_untuned(EvaluationTask(task.row, task.family), make, archive.SEEDS, task.horizon)
-        ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)))
-        yield task, TaskResult(task, curves, cells, (ours, peers))
+        try:
+            cells = archive.load(task.row, folder)
+            if PEER not in cells:
+                yield task, f"{PEER} is not tuned on it in {folder}; subspace-meta archive does that"
+                continue
+            curves = run_untuned(EvaluationTask(task.row, task.family), make, archive.SEEDS, task.horizon)
+            ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)))
+        except Exception as error:  # a user's code may raise anything
+            yield task, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        else:
+            yield task, TaskResult(task, curves, cells, (ours, peers))
+
+
+def doubts(tasks: Sequence[SuiteTask], folder: Path = archive.FOLDER) -> list[str]:
+    """Return a sentence for each task whose tuned baselines are not all there, or were made by other code."""
+    lacking = collections.Counter(task.row for task, _ in archive.missing(tasks, folder=folder))
+    return [
+        f"{row}: {count} of the tuned baselines are missing or were made by other code (archive --dry-run lists them)"
+        for row, count in lacking.items()
+    ]

@@ -14,11 +14,13 @@ from subspace_meta.evaluation.report import environment
 Table = tuple[list[str], list[list[str]]]
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1700px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; } td:first-child, th:first-child { text-align: left; }
 .wide { overflow-x: auto; }
+th:first-child, td:first-child { position: sticky; left: 0; background: white; white-space: normal; min-width: 12em; }
+p { max-width: 60em; } td small { color: #777; }
 .better { background: #d9f0e3; } .worse { background: #fbe3d6; } img { max-width: 100%; }
 """
 
@@ -108,6 +110,7 @@ def preamble(comparison: Comparison) -> list[str]:
         "never gets there the length of its run counts (>=).",
         f"Largest violation of a constraint {comparison.largest_violation:.0e}; share of finite runs "
         f"{comparison.share_finite:.3f}. " + ", ".join(f"{key} {value}" for key, value in environment().items()) + ".",
+        *(f"Note: {note}." for note in comparison.notes),
     ]
 
 

@@ -29,6 +29,7 @@ CHECKPOINTS = (5, 10, 20, 50, 100, 200, 400, 1000, 2000, 4000)
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 7))  # 15 half-decades, 1e-4 to 1e3
 EXTENSION = 4  # half-decades added at an edge that wins
 MAX_EXTENSIONS = 3
+FEASIBLE = 1e-3  # largest violation of a constraint at which iterates are measured as they are
 TIE = 0.02  # difference in log excess that counts as a tie
 WORST = math.inf
 FLOOR = 1e-7  # relative excess below which float32 objectives say nothing
@@ -281,5 +282,15 @@ def _merge(curves: Curves, more: Curves, below: int) -> Curves:
 def run_untuned(
     task: EvaluationTask, make: Callable[[Geometry], Optimizer], seeds: int = 5, horizon: int = 200
 ) -> Curves:
-    """Run an optimizer that has no learning rate."""
-    return evaluate_rates(task, lambda geometry, lr: make(geometry), (0.0,), seeds, horizon)
+    """Run an optimizer that has no learning rate.
+
+    If it leaves the manifold by more than ``FEASIBLE`` it is run again and measured at the nearest points of the
+    manifold, as the infeasible baselines are; the violation is that of its own iterates.
+    """
+
+    def run(feasible: bool) -> Curves:
+        return evaluate_rates(task, lambda geometry, lr: make(geometry), (0.0,), seeds, horizon, feasible)
+
+    curves = run(True)
+    violated = bool((curves.violation > FEASIBLE).any())
+    return dataclasses.replace(run(False), violation=curves.violation) if violated else curves

@@ -49,8 +49,8 @@ class SuiteTask:
         reference: "closed form": attained by a known point; "computed": the global minimum, by a method that finds it;
             "best known": local descent from a planted solution, or the best of many runs; "lower bound": 0, which the
             objective cannot go below, the minimum being unknown.
-        needs_folder: whether it reads the folder that ``SUBSPACE_META_DATA`` names.
-        horizon: number of steps.
+        needs_file: the file that it reads in the folder that ``SUBSPACE_META_DATA`` names, if any.
+        horizon: number of steps, at least 20, the first step at which losses are compared.
     """
 
     row: str
@@ -59,13 +59,18 @@ class SuiteTask:
     axis: Axis
     metric: str
     reference: Reference
-    needs_folder: bool = False
+    needs_file: str = ""
     horizon: int = 400
+
+    def __post_init__(self) -> None:
+        if self.horizon < 20:
+            raise ValueError(f"{self.row}: the horizon must be at least 20 steps, got {self.horizon}")
 
     @property
     def available(self) -> bool:
         """Whether its data are there."""
-        return not self.needs_folder or Path(os.environ.get(data.DATA_VARIABLE) or "/dev/null").is_dir()
+        folder = os.environ.get(data.DATA_VARIABLE)
+        return not self.needs_file or (bool(folder) and Path(str(folder), self.needs_file).is_file())
 
 
 def evaluation_suite() -> tuple[SuiteTask, ...]:
@@ -163,7 +168,13 @@ def _on_stiefel() -> tuple[SuiteTask, ...]:
         SuiteTask("orthonormal classification of MNIST 784x10", mnist, where, "real data", ACCURACY, "lower bound"),
         SuiteTask("orthonormal classification of digits 64x10", digits, where, "real data", ACCURACY, "lower bound"),
         SuiteTask(
-            "orthonormal classification of YaleB 1024x38", faces, where, "real data", ACCURACY, "lower bound", True
+            "orthonormal classification of YaleB 1024x38",
+            faces,
+            where,
+            "real data",
+            ACCURACY,
+            "lower bound",
+            "yaleb_32x32.npz",
         ),
         SuiteTask(
             "synthetic PCA 256x32",
@@ -224,7 +235,15 @@ def _on_positive_definite() -> tuple[SuiteTask, ...]:
     digits = KarcherMeans("MNIST", data.mnist_covariances, 10, 5)
     distance = "distance to the best means, root mean square"
     return (
-        SuiteTask("Karcher means of Kylberg 20x5x5", kylberg, where, "unseen manifold", distance, "computed", True),
+        SuiteTask(
+            "Karcher means of Kylberg 20x5x5",
+            kylberg,
+            where,
+            "unseen manifold",
+            distance,
+            "computed",
+            "kylberg_spd.npz",
+        ),
         SuiteTask("Karcher means of MNIST 10x5x5", digits, where, "unseen manifold", distance, "computed"),
         SuiteTask(
             "metric learning on digits 10x10",

@@ -1,6 +1,7 @@
 """The command line as a user types it, in a process of its own."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -77,7 +78,7 @@ def test_an_archive_of_ones_own_tasks(tmp_path: Path) -> None:
     planned = run("archive", *common, "--folder", "mine", "--dry-run", "--baselines", "radam", cwd=tmp_path)
     assert planned.stdout.splitlines() == ["missing or stale: 1", "direction: RAdam"]
     early = run("evaluate", *common, "--archive", "mine", "--quiet", cwd=tmp_path)
-    assert_one_line_error(early, "none of these tasks has tuned baselines in mine")
+    assert_one_line_error(early, "direction: RAdam is not tuned on it in mine")
     made = run("archive", *common, "--folder", "mine", "--baselines", "radam", "--quiet", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert (
@@ -173,6 +174,8 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("evaluate", "--optimizer", "nowhere:make"), ("nowhere:make", "No module named 'nowhere'")),
         (("evaluate", "--optimizer", "json.dumps"), ("package.module:name", "json.dumps")),
         (("evaluate", "--optimizer", "json:dumps", "--weights", "good.safetensors"), ("not both",)),
+        (("evaluate", "--own", "json:dumps"), ("must be a list or tuple of SuiteTask", "function dumps")),
+        (("evaluate", "--suite", "quick", "--out", "text.txt"), ("--out is a folder; text.txt is a file",)),
         (("archive", "--baselines", "adam2"), ("no baseline matches 'adam2'", "RSGD, RSGD-momentum")),
         (("evaluate", "--weights", "missing.safetensors"), ("missing.safetensors", "no such file")),
         (("weights", "truncated.safetensors"), ("truncated.safetensors", "truncated")),
@@ -202,6 +205,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert isinstance(code, int)
     assert_one_line_error(subprocess.CompletedProcess(arguments, code, printed.out, printed.err), *parts)
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_json_has_no_numbers_that_json_does_not_have() -> None:
+    content = {"a": [1.0, math.nan, (math.inf, 2)], "b": "nan", "c": None}
+    assert cli.finite_or_null(content) == {"a": [1.0, None, [None, 2]], "b": "nan", "c": None}
 
 
 def test_version_and_help(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """An optimizer against an archive of known content: verdicts, speed-ups, and the report's three forms."""
 
+import dataclasses
 import json
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import subspace_meta as sm
 from subspace_meta.evaluation import archive, predecessor
-from subspace_meta.evaluation.comparison import Comparison, compare
+from subspace_meta.evaluation.comparison import Comparison, compare, doubts
 from subspace_meta.evaluation.page import markdown, page
 from subspace_meta.evaluation.protocol import BASELINES
 from subspace_meta.manifolds import Stiefel
@@ -108,4 +110,55 @@ def test_what_was_measured_beside_the_predecessor_is_in_the_report(folder, tmp_p
 
 def test_tasks_without_a_tuned_peer_are_named(folder):
     other = SuiteTask("nowhere", TASKS[0].family, ("Stiefel",), "unseen size", "excess", "closed form")
-    assert list(compare("ours", lambda g: sm.RSGD(g, 0.1), [other], folder)) == [(other, None)]
+    ((task, reason),) = compare("ours", lambda g: sm.RSGD(g, 0.1), [other], folder)
+    assert task is other
+    assert "RAdam is not tuned" in reason
+
+
+@dataclass(frozen=True)
+class Growing:
+    """Leaves the manifold, where PCA's loss has no bound."""
+
+    geometry: sm.Geometry
+
+    def init(self, params):
+        return ()
+
+    def update(self, grads, state, params, value=None):
+        return {name: 1.05 * x for name, x in params.items()}, state
+
+
+def test_leaving_the_manifold_does_not_win(folder):
+    """Such iterates are measured at the nearest points, which do not move here; the violation is told."""
+    for result in results(Growing, folder):
+        assert result.score(50) == pytest.approx(0.0, abs=1e-3)
+        assert result.verdict(50) == "worse"
+        assert result.violation > 1.0
+
+
+def test_what_an_optimizer_raises_stops_one_task(folder):
+    def make(geometry):
+        if geometry.parameters[0].shape[0] == 8:
+            raise ValueError("not on this one")
+        return sm.RSGD(geometry, 1e-2)
+
+    (_, first), (_, second) = compare("mine", make, TASKS, folder)
+    assert first == "mine: ValueError: not on this one"
+    assert second.task is TASKS[1]
+    ((_, reason), _) = compare("mine", lambda g: 42, TASKS, folder)
+    assert "'int' object has no attribute" in reason
+
+
+def test_doubts_about_the_archive_are_told(folder):
+    """The two tasks have two baselines of fourteen, and made by this code."""
+    found = doubts(TASKS, folder)
+    assert [text.split(":")[0] for text in found] == [task.row for task in TASKS]
+    assert all("12 of the tuned baselines are missing" in text for text in found)
+    shown = Comparison("ours", tuple(results(lambda g: sm.RSGD(g, 1e-2), folder)), tuple(found))
+    assert f"Note: {found[0]}." in markdown(shown)
+    assert shown.to_json()["notes"] == found
+
+
+def test_a_task_is_as_long_as_the_first_comparison():
+    with pytest.raises(ValueError, match="at least 20 steps, got 19"):
+        dataclasses.replace(TASKS[0], horizon=19)

@@ -87,7 +87,7 @@ def test_a_missing_folder_is_named(load, monkeypatch, tmp_path):
     monkeypatch.setenv(data.DATA_VARIABLE, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"without \w+\.npz"):
         load()
-    needing = [task for task in evaluation_suite() if task.needs_folder]
+    needing = [task for task in evaluation_suite() if task.needs_file]
     monkeypatch.setenv(data.DATA_VARIABLE, "")
     assert needing
     assert not any(task.available for task in needing)

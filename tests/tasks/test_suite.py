@@ -21,7 +21,7 @@ COUNT, STEPS = 2, 3
 def _data_are_there(request):
     """Skip a task whose data are not there."""
     row = getattr(request.node, "callspec", None) and request.node.callspec.params.get("row")
-    if row and SUITE[row].needs_folder:
+    if row and SUITE[row].needs_file:
         request.getfixturevalue("data_folder")
 
 
@@ -49,7 +49,7 @@ def test_the_suite_is_large_and_wide():
     assert len(SUITE) == len(evaluation_suite()) >= 26, "rows have different names"
     assert len({name for task in SUITE.values() for name in task.manifolds}) >= 8
     assert {task.axis for task in SUITE.values()} == set(get_args(Axis))
-    assert [task.row for task in SUITE.values() if task.needs_folder] == [
+    assert [task.row for task in SUITE.values() if task.needs_file] == [
         "orthonormal classification of YaleB 1024x38",
         "Karcher means of Kylberg 20x5x5",
     ]
