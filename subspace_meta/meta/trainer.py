@@ -35,7 +35,7 @@ from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
 from subspace_meta.tasks.base import Data, TaskFamily, describe
 
-LOSS_FLOOR = 1e-6
+LOSS_FLOOR = 1e-7
 MOST_SKIPPED = 20  # in a row: then something is wrong that waiting does not mend
 
 
@@ -59,23 +59,22 @@ class StreamSettings:
     """One stream of inner loops.
 
     Attributes:
-        families: task families of one problem and batch size; a set of inner loops uses one, drawn at random.
+        families: task families; a set of inner loops uses one, drawn at random.
         tasks: inner loops that run side by side.
         weight: share of outer steps, relative to the other streams.
-        compiled: compile this stream's inner loop.
+        compiled: compile this stream's inner loops, one for each problem.
+        first_order: treat inner gradients as constants.
     """
 
     families: tuple[TaskFamily, ...]
     tasks: int = 16
     weight: float = 1.0
     compiled: bool = True
+    first_order: bool = False
 
     def __post_init__(self) -> None:
         if not self.families:
             raise ValueError("a stream needs at least one task family")
-        if any(family.problem != self.families[0].problem for family in self.families):
-            names = ", ".join(family.name for family in self.families)
-            raise ValueError(f"the families of a stream must share one problem; these do not: {names}")
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,21 @@ class _Stream:
     """The running inner loops of one stream."""
 
     settings: StreamSettings
-    loop: InnerLoop
-    family: int = 0
+    loops: tuple[InnerLoop, ...]  # one a family
+    index: int = 0  # of the family that is running
     horizon: int = 0
     age: int = 0
     data: Data | None = None
     carry: Carry | None = None
     initial: Tensor | None = None
+
+    @property
+    def loop(self) -> InnerLoop:
+        return self.loops[self.index]
+
+    @property
+    def family(self) -> TaskFamily:
+        return self.settings.families[self.index]
 
 
 def relative_log_loss(objectives: Tensor, initial: Tensor, reference: Tensor) -> Tensor:
@@ -160,18 +167,24 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.spoiled_tasks = 0
-        make = PresetOptimizer(settings.preset)
-        self.streams = [
-            # Segments are short: all residuals of one fit, and nothing is run twice.
-            _Stream(s, InnerLoop(s.families[0].problem, make, interval=settings.segment, compiled=s.compiled))
-            for s in settings.streams
-        ]
+        self.streams = [_Stream(s, tuple(self._loop(s, family) for family in s.families)) for s in settings.streams]
 
-    def _restart(self, stream: _Stream) -> None:
-        """Draw new tasks, starting points and a horizon."""
+    def _loop(self, stream: StreamSettings, family: TaskFamily) -> InnerLoop:
+        return InnerLoop(
+            family.problem,
+            PresetOptimizer(self.settings.preset),
+            # Segments are short: all residuals of one fit, and nothing is run twice.
+            interval=self.settings.segment,
+            compiled=stream.compiled,
+            first_order=stream.first_order,
+        )
+
+    def _restart(self, stream: _Stream, index: int | None = None) -> None:
+        """Draw a family unless its index is given, new tasks, starting points and a horizon."""
         families = stream.settings.families
-        stream.family = int(torch.randint(len(families), (), generator=self.generator))
-        family = families[stream.family]
+        drawn_index = int(torch.randint(len(families), (), generator=self.generator))
+        stream.index = drawn_index if index is None else index
+        family = stream.family
         low, high = self.settings.horizon
         drawn = low * (high / low) ** float(torch.rand((), generator=self.generator))
         stream.horizon = self.settings.segment * max(1, round(drawn / self.settings.segment))
@@ -192,7 +205,7 @@ class Trainer:
         assert stream.carry is not None
         assert stream.data is not None
         assert stream.initial is not None
-        family = stream.settings.families[stream.family]
+        family = stream.family
         measured = family.measured(stream.data)
         batches = family.sample(stream.data, self.generator, self.settings.segment)
         initial, reference = stream.initial, stream.data["reference"]
@@ -278,7 +291,7 @@ class Trainer:
         streams = []
         for i, stream in enumerate(self.streams):
             running = stream.carry is not None
-            streams.append({"family": stream.family, "horizon": stream.horizon, "age": stream.age, "running": running})
+            streams.append({"family": stream.index, "horizon": stream.horizon, "age": stream.age, "running": running})
             if running:
                 leaves = pytree.tree_leaves((stream.carry, stream.data, stream.initial))
                 tensors.update({f"stream{i}/{j}": leaf for j, leaf in enumerate(leaves)})
@@ -311,11 +324,11 @@ class Trainer:
             if not saved["running"]:
                 continue
             # A fresh start gives the structure of the trees; its numbers are replaced.
-            self._restart(stream)
+            self._restart(stream, saved["family"])
             leaves, structure = pytree.tree_flatten((stream.carry, stream.data, stream.initial))
             restored = [tensors[f"stream{i}/{j}"] for j in range(len(leaves))]
             stream.carry, stream.data, stream.initial = pytree.tree_unflatten(restored, structure)
-            stream.family, stream.horizon, stream.age = saved["family"], saved["horizon"], saved["age"]
+            stream.index, stream.horizon, stream.age = saved["family"], saved["horizon"], saved["age"]
         for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
@@ -338,6 +351,7 @@ class Trainer:
                     "tasks": s.tasks,
                     "weight": s.weight,
                     "compiled": s.compiled,
+                    "first_order": s.first_order,
                 }
                 for s in settings.streams
             ],

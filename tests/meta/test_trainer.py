@@ -21,6 +21,7 @@ from subspace_meta.meta.trainer import (
     relative_log_loss,
 )
 from subspace_meta.tasks import SyntheticPCA
+from subspace_meta.tasks.planted import PlantedLeastSquares
 
 FAMILY = SyntheticPCA(10, 2, batch_size=8)
 SETTINGS = TrainSettings(
@@ -133,9 +134,34 @@ def test_settings_that_cannot_be(change: dict, message: str) -> None:
         replace(SETTINGS, **change)
 
 
-def test_streams_share_one_problem() -> None:
-    with pytest.raises(ValueError, match="must share one problem; these do not: synthetic PCA 10x2, synthetic PCA 6x3"):
-        StreamSettings((FAMILY, SyntheticPCA(6, 3)))
+def test_a_stream_of_several_problems(tmp_path: Path) -> None:
+    """Each set of inner loops uses one of them; a resumed run goes on with the one that was running."""
+    families = (FAMILY, SyntheticPCA(6, 3, 8), PlantedLeastSquares(5, 2, sm.Euclidean(), 8))
+    settings = replace(SETTINGS, streams=(StreamSettings(families, tasks=2, compiled=False),), outer_steps=14)
+    whole = Trainer(settings)
+    records = without_time(list(whole.run()))
+    assert {record["family"] for record in records} == {family.name for family in families}
+    for cut in (3, 8):
+        first, second = Trainer(settings), Trainer(settings)
+        for _ in range(cut):
+            first.step()
+        first.save(tmp_path / "checkpoint.safetensors")
+        second.load(tmp_path / "checkpoint.safetensors")
+        assert without_time(list(second.run())) == records[cut:]
+
+
+def test_a_first_order_stream_has_another_gradient() -> None:
+    """Inner gradients are constants there; the losses of the first segment are the same."""
+    gradients = []
+    for first_order in (False, True):
+        streams = (StreamSettings((FAMILY,), tasks=2, compiled=False, first_order=first_order),)
+        record = Trainer(replace(SETTINGS, streams=streams)).step()
+        gradients.append((record["outer_loss"], record["gradient_norm"]))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-6)
+    assert gradients[0][1] != pytest.approx(gradients[1][1], rel=1e-3)
+
+
+def test_streams_are_not_empty() -> None:
     with pytest.raises(ValueError, match="at least one"):
         StreamSettings(())
 
