@@ -17,7 +17,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1700px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px; }
 th, td { padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { border-bottom: 2px solid #888; } td:first-child, th:first-child { text-align: left; }
+th { border-bottom: 2px solid #888; white-space: normal; } td:first-child, th:first-child { text-align: left; }
 .wide { overflow-x: auto; }
 th:first-child, td:first-child { position: sticky; left: 0; background: white; white-space: normal; min-width: 12em; }
 p { max-width: 60em; } td small { color: #777; }
@@ -28,14 +28,14 @@ p { max-width: 60em; } td small { color: #777; }
 def summary(comparison: Comparison) -> Table:
     """Return what the suite says, all tasks together and by axis of generalisation."""
     steps = sorted({step for result in comparison.results for step in result.compared})
-    header = ["", "tasks", *(f"no worse @{step}" for step in steps), "speed-up, steps", "speed-up, CPU seconds"]
+    header = ["", "tasks", "speed-up, steps", "speed-up, CPU seconds", *(f"no worse @{step}" for step in steps)]
 
     def line(name: str, results: Sequence[TaskResult]) -> list[str]:
         shares = []
         for step in steps:
             count, of = comparison.no_worse(step, results)
             shares.append(f"{count}/{of}" if of else "")
-        return [name, str(len(results)), *shares, *(_interval(comparison.speed(s, results)) for s in (False, True))]
+        return [name, str(len(results)), *(_interval(comparison.speed(s, results)) for s in (False, True)), *shares]
 
     rows = [line("all", comparison.results)]
     rows += [line(axis, results) for axis, results in comparison.by_axis().items()]
@@ -166,7 +166,9 @@ def page(comparison: Comparison) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     def cell(text: str) -> str:
         kind = {"+": "better", "-": "worse"}.get(text[-1:], "")
-        return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+        score, bracket, best = html.escape(text).partition(" (")  # of a comparison: the peer goes below, in small
+        shown = f"{score}<br><small>({best}</small>" if bracket else score
+        return f'<td class="{kind}">{shown}</td>' if kind else f"<td>{shown}</td>"
 
     top = "".join(f"<th>{html.escape(text)}</th>" for text in header)
     body = "".join(f"<tr>{''.join(cell(text) for text in row)}</tr>" for row in rows)
