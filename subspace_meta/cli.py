@@ -400,7 +400,13 @@ def evaluate(
         console.print(f"wrote {out}/report.html, report.md and results.json")
     if as_json:
         typer.echo(described)
-        return
+    else:
+        _print_tables(found)
+    if reasons:
+        raise typer.Exit(1)
+
+
+def _print_tables(found: Comparison) -> None:
     for title, (header, rows) in (("summary", summary(found)), ("losses", losses(found))):
         table = Table(title=title)
         for index, column in enumerate(header):

@@ -144,6 +144,11 @@ def relative_log_loss(objectives: Tensor, initial: Tensor, reference: Tensor) ->
     return torch.log(excess + LOSS_FLOOR)
 
 
+def _entries(family: TaskFamily) -> int:
+    """Return the number of entries of a family's parameters."""
+    return sum(math.prod(group.shape) for group in family.problem.geometry.groups)
+
+
 class Trainer:
     """Meta-training that can be stopped after each outer step and resumed exactly.
 
@@ -266,15 +271,17 @@ class Trainer:
             self.theta[name] = self.theta[name] - lr * first / (second.sqrt() + 1e-8)
 
     def costs(self) -> dict[str, Cost]:
-        """Predict the cost of one outer step of each stream, by the name of its first family; changes nothing."""
+        """Predict the cost of one outer step of each stream, by the name of its largest family; changes nothing."""
         costs = {}
         for i, stream in enumerate(self.streams):
-            family, generator = stream.settings.families[0], torch.Generator().manual_seed(0)
+            pairs = zip(stream.settings.families, stream.loops, strict=True)
+            family, loop = max(pairs, key=lambda pair: _entries(pair[0]))
+            generator = torch.Generator().manual_seed(0)
             data = family.draw(generator, stream.settings.tasks)
-            carry = stream.loop.start(self.theta, family.init(data, generator))
+            carry = loop.start(self.theta, family.init(data, generator))
             batch = family.sample(data, generator, 1)
             costs[f"{i}: {family.name}"] = predict(
-                stream.loop, self.theta, carry, batch, family.measured(data), self.settings.segment
+                loop, self.theta, carry, batch, family.measured(data), self.settings.segment
             )
         return costs
 

@@ -91,6 +91,13 @@ def test_an_archive_of_ones_own_tasks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout)["tasks"][0]["baselines"]) == ["RAdam"]
+    other = "import dataclasses, own_task\nTWO = [*own_task.TASKS, dataclasses.replace(own_task.TASKS[0], row='other')]"
+    (tmp_path / "two.py").write_text(other)
+    partly = run("evaluate", "--own", "two:TWO", "--archive", "mine", "--quiet", "--out", "report", cwd=tmp_path)
+    assert partly.returncode == 1, partly.stderr
+    assert "left out, other: RAdam is not tuned" in partly.stderr
+    assert "left out, other" in (tmp_path / "report" / "report.md").read_text()
+    assert "direction" in partly.stdout
 
 
 def test_a_dry_run_prints_costs_and_writes_nothing(tmp_path: Path) -> None:

@@ -161,6 +161,12 @@ def test_a_first_order_stream_has_another_gradient() -> None:
     assert gradients[0][1] != pytest.approx(gradients[1][1], rel=1e-3)
 
 
+def test_the_largest_family_stands_for_its_stream() -> None:
+    families = (SyntheticPCA(6, 3, 8), FAMILY, SyntheticPCA(5, 2, 8))
+    trainer = Trainer(replace(SETTINGS, streams=(StreamSettings(families, tasks=2, compiled=False),)))
+    assert list(trainer.costs()) == [f"0: {FAMILY.name}"]
+
+
 def test_streams_are_not_empty() -> None:
     with pytest.raises(ValueError, match="at least one"):
         StreamSettings(())
