@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TINY, FLOOR = 1e-30, 1e-6
+TINY, FLOOR = 1e-30, 1e-7
 MOMENTUM, FAST, SLOW = 0.9, 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
 
@@ -136,7 +136,7 @@ def start(x: Any, hidden: int) -> Any:
 def meta_gradient(unroll: int) -> Callable[..., Any]:
     """Return jit of (theta, x0 (B, d, p), z (T, B, n, d), covariance, reference, initial) -> gradient of the loss.
 
-    The loss is the mean of log((f - f*)/(f_0 - f*) + 1e-6), as in the meta-trainer.
+    The loss is the mean of log((f - f*)/(f_0 - f*) + 1e-7), as in the meta-trainer.
     """
 
     def one(theta: Any, x: Any, z: Any, covariance: Any) -> Any:
@@ -147,7 +147,7 @@ def meta_gradient(unroll: int) -> Callable[..., Any]:
     def outer(theta: Any, x: Any, z: Any, covariance: Any, reference: Any, initial: Any) -> Any:
         objectives = jax.vmap(one, in_axes=(None, 0, 1, 0))(theta, x, z, covariance)
         excess = jnp.maximum(objectives - reference[:, None], 0.0) / (initial - reference)[:, None]
-        return jnp.log(excess + 1e-6).mean()
+        return jnp.log(excess + 1e-7).mean()
 
     return jax.jit(jax.grad(outer))
 
