@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TINY, FLOOR = 1e-30, 1e-7
+TINY, FLOOR = 1e-30, 1e-6
 MOMENTUM, FAST, SLOW = 0.9, 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
 
