@@ -9,6 +9,7 @@ from torch import Tensor
 
 import subspace_meta as sm
 from subspace_meta.optimizers.subspace import PRESETS
+from subspace_meta.tasks.base import TaskFamily
 
 MANIFOLDS = {
     "Stiefel, Cholesky QR": sm.Stiefel(),
@@ -38,6 +39,18 @@ ORTHONORMAL_OPTIMIZERS = (*INFEASIBLE_OPTIMIZERS, "RSDM permutation", "RSDM orth
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def drawn(family: TaskFamily, count: int, steps: int, seed: int = 0) -> tuple[dict, dict, dict]:
+    """Return ``count`` tasks of a family, their starts, and batches for so many steps."""
+    generator = torch.Generator().manual_seed(seed)
+    tasks = family.draw(generator, count)
+    return tasks, family.init(tasks, generator), family.sample(tasks, generator, steps)
+
+
+def pick(tree: Mapping[str, Tensor], *index: int) -> dict[str, Tensor]:
+    """Return one entry of every tensor, of one task for instance."""
+    return {name: value[index] for name, value in tree.items()}
 
 
 def lively_weights(preset: str = "base", seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 0.3) -> dict:

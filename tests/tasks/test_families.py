@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from making import normal
+from making import drawn, normal, pick
 
 import subspace_meta as sm
 from subspace_meta.tasks import OrthonormalClassification, OrthonormalClassifier, SampledPCA, SyntheticPCA, data
@@ -42,27 +42,17 @@ FAMILIES = {**PCA, **CLASSIFICATION}
 families = pytest.mark.parametrize("name", FAMILIES)
 
 
-def drawn(family, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tasks = family.draw(generator, COUNT)
-    return tasks, family.init(tasks, generator), family.sample(tasks, generator, STEPS)
-
-
-def task(tree, i):
-    return {name: value[i] for name, value in tree.items()}
-
-
 @families
 def test_shapes(name):
     family = FAMILIES[name]
-    tasks, params, batches = drawn(family)
+    tasks, params, batches = drawn(family, COUNT, STEPS)
     assert tasks["reference"].shape == (COUNT,)
     assert all(value.shape[0] == COUNT for value in tasks.values())
     assert all(value.shape[:2] == (STEPS, COUNT) for value in batches.values())
     assert batches["z"].shape == (STEPS, COUNT, BATCH, 6)
     assert params["x"].shape == (COUNT, 6, 3 if name in CLASSIFICATION else 2)
     for i in range(COUNT):
-        family.problem.geometry.check_feasible(task(params, i))
+        family.problem.geometry.check_feasible(pick(params, i))
     assert "6x" in family.name
     assert hash(family) == hash(FAMILIES[name])
     assert family.problem is family.problem, "one problem, one compilation"
@@ -70,7 +60,7 @@ def test_shapes(name):
 
 @families
 def test_seeds_reproduce(name):
-    same, again, other = (drawn(FAMILIES[name], seed) for seed in (0, 0, 1))
+    same, again, other = (drawn(FAMILIES[name], COUNT, STEPS, seed) for seed in (0, 0, 1))
     for a, b, c in zip(same, again, other, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
         assert any(not torch.equal(a[key], c[key]) for key in a) or not FAMILIES[name].__dict__.get("rotate", True)
@@ -81,7 +71,7 @@ def test_seeds_reproduce(name):
 @pytest.mark.parametrize("name", PCA)
 def test_pca_loss_is_the_reconstruction_error(name):
     family = PCA[name]
-    tasks, params, batches = drawn(family)
+    tasks, params, batches = drawn(family, COUNT, STEPS)
     for i in range(COUNT):
         x, z = params["x"][i].double(), batches["z"][0, i].double()
         expected = sum((row - x @ (x.T @ row)).square().sum() for row in z) / BATCH
@@ -91,7 +81,7 @@ def test_pca_loss_is_the_reconstruction_error(name):
         projector = torch.eye(6, dtype=torch.float64) - x @ x.T
         objective = family.problem.objective({"x": x}, {"covariance": c})
         assert float(objective) == pytest.approx(float((projector @ c @ projector).trace()), rel=1e-5)
-        metric = family.problem.metric(task(params, i), task(tasks, i))
+        metric = family.problem.metric(pick(params, i), pick(tasks, i))
         excess = (objective - tasks["reference"][i]) / c.trace()
         assert float(metric) == pytest.approx(float(excess), rel=1e-4, abs=1e-6)
 
@@ -99,25 +89,25 @@ def test_pca_loss_is_the_reconstruction_error(name):
 @pytest.mark.parametrize("name", PCA)
 def test_pca_reference_is_attained_by_the_eigenvectors_and_by_nothing_less(name):
     family = PCA[name]
-    tasks, params, _ = drawn(family)
+    tasks, params, _ = drawn(family, COUNT, STEPS)
     for i in range(COUNT):
         scale = float(tasks["covariance"][i].trace())
         vectors = torch.linalg.eigh(tasks["covariance"][i].double())[1][:, -2:]
-        best = family.problem.objective({"x": vectors.float()}, task(tasks, i))
+        best = family.problem.objective({"x": vectors.float()}, pick(tasks, i))
         assert float(best) == pytest.approx(float(tasks["reference"][i]), abs=1e-5 * scale)
         for x in (params["x"][i], vectors.flip(0).float()):
-            assert family.problem.objective({"x": x}, task(tasks, i)) >= tasks["reference"][i] - 1e-6 * scale
+            assert family.problem.objective({"x": x}, pick(tasks, i)) >= tasks["reference"][i] - 1e-6 * scale
 
 
 @pytest.mark.parametrize("name", PCA)
 def test_pca_objective_is_the_mean_of_the_loss(name):
     family = PCA[name]
-    tasks, params, _ = drawn(family)
+    tasks, params, _ = drawn(family, COUNT, STEPS)
     batches = family.sample(tasks, torch.Generator().manual_seed(9), 4000)
     for i in range(COUNT):
         z = batches["z"][:, i].reshape(1, -1, 6)[0]
-        mean = family.problem.loss(task(params, i), {"z": z})
-        objective = family.problem.objective(task(params, i), task(tasks, i))
+        mean = family.problem.loss(pick(params, i), {"z": z})
+        objective = family.problem.objective(pick(params, i), pick(tasks, i))
         assert float(mean) == pytest.approx(float(objective), rel=0.05)
 
 
@@ -144,7 +134,7 @@ def test_synthetic_spectra_are_of_all_kinds_and_scales():
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_classification_loss_is_the_mean_cross_entropy(name):
     family = CLASSIFICATION[name]
-    tasks, params, batches = drawn(family)
+    tasks, params, batches = drawn(family, COUNT, STEPS)
     for i in range(COUNT):
         x = params["x"][i]
         for function, inputs, one_hot, tree in (
@@ -154,13 +144,13 @@ def test_classification_loss_is_the_mean_cross_entropy(name):
                 batches["one_hot"][1, i],
                 {k: v[1, i] for k, v in batches.items()},
             ),
-            (family.problem.objective, tasks["inputs"][i], tasks["one_hot"][i], task(tasks, i)),
+            (family.problem.objective, tasks["inputs"][i], tasks["one_hot"][i], pick(tasks, i)),
         ):
             expected = torch.nn.functional.cross_entropy(inputs @ x, one_hot.argmax(dim=-1))
             assert float(function({"x": x}, tree)) == pytest.approx(float(expected), rel=1e-5)
         predicted = (tasks["test_inputs"][i] @ x).argmax(dim=-1)
         accuracy = float((predicted == tasks["test_labels"][i]).float().mean())
-        assert float(family.problem.metric({"x": x}, task(tasks, i))) == pytest.approx(accuracy)
+        assert float(family.problem.metric({"x": x}, pick(tasks, i))) == pytest.approx(accuracy)
     assert torch.equal(batches["one_hot"].sum(dim=-1), torch.ones(STEPS, COUNT, BATCH))
     assert (tasks["reference"] == 0).all()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from making import drawn, pick
 
 import subspace_meta as sm
 from subspace_meta.tasks.networks import NetworkClassification
@@ -27,29 +28,19 @@ FAMILIES = {
 }
 
 
-def drawn(family, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tasks = family.draw(generator, COUNT)
-    return tasks, family.init(tasks, generator), family.sample(tasks, generator, STEPS)
-
-
-def task(tree, i):
-    return {name: value[i] for name, value in tree.items()}
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tasks_are_drawn_from_the_seed_alone(name):
     family = FAMILIES[name]
-    tasks, params, batches = drawn(family)
+    tasks, params, batches = drawn(family, COUNT, STEPS)
     assert hash(family) is not None
     assert family.problem is family.problem
     assert all(value.shape[0] == COUNT for value in tasks.values())
     assert all(value.shape[:2] == (STEPS, COUNT) for value in batches.values())
     for i in range(COUNT):
-        family.problem.geometry.check_feasible(task(params, i))
-        assert torch.isfinite(family.problem.loss(task(params, i), task(task(batches, 0), i)))
-        assert family.problem.objective(task(params, i), task(family.measured(tasks), i)) > tasks["reference"][i]
-    again, other = drawn(family), drawn(family, 1)
+        family.problem.geometry.check_feasible(pick(params, i))
+        assert torch.isfinite(family.problem.loss(pick(params, i), pick(pick(batches, 0), i)))
+        assert family.problem.objective(pick(params, i), pick(family.measured(tasks), i)) > tasks["reference"][i]
+    again, other = drawn(family, COUNT, STEPS), drawn(family, COUNT, STEPS, 1)
     assert all(torch.equal(a, b) for a, b in zip(tasks.values(), again[0].values(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(batches.values(), other[2].values(), strict=True))
 
@@ -57,24 +48,24 @@ def test_tasks_are_drawn_from_the_seed_alone(name):
 @pytest.mark.parametrize("name", LEAST_SQUARES)
 def test_the_planted_solution_is_feasible_and_has_no_excess(name):
     family = LEAST_SQUARES[name]
-    tasks, _, _ = drawn(family)
+    tasks, _, _ = drawn(family, COUNT, STEPS)
     for i in range(COUNT):
         solution = {"x": tasks["solution"][i]}
         family.problem.geometry.check_feasible(solution)
-        assert family.problem.objective(solution, task(tasks, i)) == 0.0
+        assert family.problem.objective(solution, pick(tasks, i)) == 0.0
 
 
 @pytest.mark.parametrize("name", LEAST_SQUARES)
 def test_the_loss_of_least_squares_is_the_excess_and_the_noise_on_average(name):
     family = LEAST_SQUARES[name]
-    tasks, params, _ = drawn(family)
+    tasks, params, _ = drawn(family, COUNT, STEPS)
     batches = family.sample(tasks, torch.Generator().manual_seed(5), 6000 if family.batch_size else 1)
     for i in range(COUNT):
-        losses = torch.func.vmap(lambda batch, i=i: family.problem.loss(task(params, i), batch))(
+        losses = torch.func.vmap(lambda batch, i=i: family.problem.loss(pick(params, i), batch))(
             {name: value[:, i] for name, value in batches.items()}
         )
         noise = (tasks["noise"][i] * tasks["weights"][i]).square().sum() if family.batch_size else 0.0
-        expected = float(family.problem.objective(task(params, i), task(tasks, i)) + noise)
+        expected = float(family.problem.objective(pick(params, i), pick(tasks, i)) + noise)
         assert float(losses.mean()) == pytest.approx(expected, rel=0.05 if family.batch_size else 1e-4)
 
 
@@ -87,7 +78,7 @@ def test_covariances_have_unit_trace_and_a_third_keeps_its_axes():
 
 def test_scales_of_logits_are_as_said():
     family = PlantedClassification(6, 3, 8, 40, log10_logit_scale=(1.0, 1.0))
-    tasks, _, _ = drawn(family)
+    tasks, _, _ = drawn(family, COUNT, STEPS)
     assert tasks["inputs"].square().mean(dim=(1, 2)).sqrt() == pytest.approx(
         torch.full((COUNT,), 10.0).numpy(), rel=1e-4
     )
@@ -96,10 +87,10 @@ def test_scales_of_logits_are_as_said():
 def test_karcher_means_are_the_minimum():
     """Descent from the identity ends at the reference, not below."""
     family = FAMILIES["Karcher means"]
-    tasks, params, _ = drawn(family)
+    tasks, params, _ = drawn(family, COUNT, STEPS)
     for i in range(COUNT):
         optimizer = sm.RSGD(family.problem.geometry, 0.3)
-        point, data = task(params, i), task(tasks, i)
+        point, data = pick(params, i), pick(tasks, i)
         state = optimizer.init(point)
         for _ in range(200):
             grads = torch.func.grad(family.problem.objective)(point, data)
@@ -116,7 +107,7 @@ def test_perceptrons_of_any_width():
     family = NetworkClassification(
         "numbers", load, "perceptron", PerceptronOf((5, 4, 3)), (("0.weight", sm.Stiefel()),)
     )
-    params = family.init(*[drawn(family)[0], torch.Generator().manual_seed(1)])
+    params = drawn(family, COUNT, STEPS)[1]
     assert {name: value.shape[1:] for name, value in params.items()} == {
         "0.weight": (4, 5),
         "0.bias": (4,),

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from making import pick
 
 import subspace_meta as sm
 from subspace_meta.tasks.references import descend
@@ -35,10 +36,6 @@ def drawn(row):
     family = SUITE[row].family
     tasks = family.draw(generator(), COUNT)
     return tasks, family.init(tasks, generator(1)), family.sample(tasks, generator(2), STEPS)
-
-
-def pick(tree, *index):
-    return {name: value[index] for name, value in tree.items()}
 
 
 def double(tree):
