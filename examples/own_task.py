@@ -1,6 +1,6 @@
 """A task and an optimizer of your own, against tuned baselines.
 
-subspace-meta archive  --own examples.own_task:TASKS --archive my_archive        # tunes the baselines, a minute
+subspace-meta archive  --own examples.own_task:TASKS --archive my_archive       # tunes the baselines, a minute
 subspace-meta evaluate --own examples.own_task:TASKS --archive my_archive       # the shipped learned optimizer
 subspace-meta evaluate --own examples.own_task:TASKS --archive my_archive --optimizer examples.own_task:my_optimizer
 """

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +73,7 @@ console = Console(stderr=True)
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 30.0
+WIDE = 200  # columns that tables of the suite need not to wrap
 
 
 class UsageError(Exception):
@@ -107,6 +108,18 @@ def _progress(quiet: bool) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, disable=quiet, refresh_per_second=4) as progress:
         yield progress
+
+
+def _print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str], width: int | None = None
+) -> None:
+    """Print a table, the columns ``left`` flush left; ``width`` is for piped output, which has none of its own."""
+    table = Table(title=title)
+    for column in header:
+        table.add_column(column, justify="left" if column in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def _print_results(results: Results, as_json: bool) -> None:
@@ -272,13 +285,12 @@ def _print_costs(trainer: Trainer, as_json: bool) -> None:
         streams = {name: {**dataclasses.asdict(c), "peak_bytes": c.peak_bytes} for name, c in costs.items()}
         typer.echo(json.dumps({"available_bytes": free, "streams": streams}))
     else:
-        table = Table(title="predicted cost of one outer step, by stream")
-        for column in ("stream", "tasks", "steps", "carry MB", "residuals MB a step", "peak MB", "Mflop a task-step"):
-            table.add_column(column, justify="left" if column == "stream" else "right")
+        header = ["stream", "tasks", "steps", "carry MB", "residuals MB a step", "peak MB", "Mflop a task-step"]
+        rows = []
         for name, c in costs.items():
             megabytes = [f"{value / 1e6:,.2f}" for value in (c.carry_bytes, c.residual_bytes, c.peak_bytes)]
-            table.add_row(name, str(c.tasks), str(c.steps), *megabytes, f"{c.flops / 1e6:,.2f}")
-        Console().print(table)
+            rows.append([name, str(c.tasks), str(c.steps), *megabytes, f"{c.flops / 1e6:,.2f}"])
+        _print_table("predicted cost of one outer step, by stream", header, rows, ("stream",))
     worst = max(costs, key=lambda name: costs[name].peak_bytes)
     if free is not None and costs[worst].peak_bytes > free:
         console.print(
@@ -388,32 +400,24 @@ def evaluate(
             progress.update(bar, advance=1, note=chosen[min(done, len(chosen) - 1)].row[:44])
     if not results:
         raise UsageError(f"there is nothing to report. {'; '.join(reasons[:3])}")
-    notes = [*doubts([result.task for result in results], folder), *(f"left out, {reason}" for reason in reasons)]
+    notes = [*doubts(results), *(f"left out, {reason}" for reason in reasons)]
     for note in notes:
         console.print(note)
     found = Comparison(name, tuple(results), tuple(notes))
-    described = json.dumps(finite_or_null(found.to_json()), indent=None if as_json else 1)
+    described = finite_or_null(found.to_json())
     if out is not None:
-        write_atomically(out / "results.json", described.encode())
+        write_atomically(out / "results.json", json.dumps(described, indent=1).encode())
         write_atomically(out / "report.md", markdown(found).encode())
         write_atomically(out / "report.html", page(found).encode())
         console.print(f"wrote {out}/report.html, report.md and results.json")
     if as_json:
-        typer.echo(described)
+        typer.echo(json.dumps(described))
     else:
-        _print_tables(found)
+        for title, make_table in (("summary", summary), ("losses", losses)):
+            header, rows = make_table(found)
+            _print_table(title, header, rows, header[:1], WIDE)
     if reasons:
         raise typer.Exit(1)
-
-
-def _print_tables(found: Comparison) -> None:
-    for title, (header, rows) in (("summary", summary(found)), ("losses", losses(found))):
-        table = Table(title=title)
-        for index, column in enumerate(header):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def finite_or_null(value: Any) -> Any:
@@ -591,13 +595,8 @@ def bench_predecessor_command(
     if as_json:
         typer.echo(json.dumps({"environment": environment(), "records": records}))
         return
-    table = Table(title=f"{minutes:g} CPU minutes of meta-training on the task itself; mean log excess")
-    header, rows = predecessor.table(records)
-    for column in header:
-        table.add_column(column, justify="left" if column in ("task", "optimizer", "meta-training") else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    title = f"{minutes:g} CPU minutes of meta-training on the task itself; mean log excess"
+    _print_table(title, *predecessor.table(records), ("task", "optimizer", "meta-training"), WIDE)
 
 
 @bench.command("meta")
@@ -630,13 +629,12 @@ def _print_comparison(
     title: str, unit: str, rows: Sequence[tuple[str, str, str, float | None, str, float | None]]
 ) -> None:
     """Print rows of (what, ours, peer, theirs, format, ratio)."""
-    table = Table(title=title)
-    for column in ("what", f"ours {unit}", "peer", f"theirs {unit}", "ratio"):
-        table.add_column(column.strip(), justify="left" if column in ("what", "peer") else "right")
+    cells = []
     for what, ours, peer, theirs, form, ratio in rows:
         shown = "" if not peer else "not installed" if theirs is None else format(theirs, form)
-        table.add_row(what, ours, peer, shown, "" if ratio is None else f"{ratio:.3f}")
-    Console().print(table)
+        cells.append([what, ours, peer, shown, "" if ratio is None else f"{ratio:.3f}"])
+    header = [column.strip() for column in ("what", f"ours {unit}", "peer", f"theirs {unit}", "ratio")]
+    _print_table(title, header, cells, ("what", "peer"))
 
 
 @app.callback(invoke_without_command=True)

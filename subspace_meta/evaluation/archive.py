@@ -22,7 +22,7 @@ import os
 import pkgutil
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,7 @@ from subspace_meta import geometry, manifolds
 from subspace_meta.checkpoint import write_atomically
 from subspace_meta.evaluation import protocol
 from subspace_meta.evaluation.protocol import BASELINES, Baseline, Curves, EvaluationTask, checkpoints_within, tune
+from subspace_meta.meta.cost import entries
 from subspace_meta.optimizers import base as optimizers_base
 from subspace_meta.tasks import base as tasks_base
 from subspace_meta.tasks import data as tasks_data
@@ -255,20 +256,14 @@ def missing(
     tasks: Sequence[SuiteTask], baselines: Sequence[Baseline] = BASELINES, folder: Path = FOLDER
 ) -> list[tuple[SuiteTask, Baseline]]:
     """Return what is missing or stale, of available tasks and methods that are defined on them; small tasks first."""
-    found = []
-    for task in tasks:
-        if task.available:
-            there = load(task.row, folder)
-            for baseline in baselines:
-                if baseline.defined_on(task.family.problem.geometry):
-                    cell = there.get(baseline.name)
-                    if cell is None or cell.code != code_hash(task, baseline):
-                        found.append((task, baseline))
+    available = sorted((task for task in tasks if task.available), key=lambda t: t.horizon * entries(t.family.problem))
+    return [(task, b) for task in available for b in lacking(task, load(task.row, folder), baselines)]
 
-    def work(item: tuple[SuiteTask, Baseline]) -> float:
-        return item[0].horizon * sum(math.prod(group.shape) for group in item[0].family.problem.geometry.groups)
 
-    return sorted(found, key=work)
+def lacking(task: SuiteTask, cells: Mapping[str, Cell], baselines: Sequence[Baseline] = BASELINES) -> list[Baseline]:
+    """Return the baselines that are defined on a task and have no cell, or one that other code made."""
+    defined = [baseline for baseline in baselines if baseline.defined_on(task.family.problem.geometry)]
+    return [b for b in defined if b.name not in cells or cells[b.name].code != code_hash(task, b)]
 
 
 def make_cell(task: SuiteTask, baseline: Baseline) -> Cell:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -256,10 +255,11 @@ def compare(
             yield task, TaskResult(task, curves, cells, (ours, peers))
 
 
-def doubts(tasks: Sequence[SuiteTask], folder: Path = archive.FOLDER) -> list[str]:
+def doubts(results: Sequence[TaskResult]) -> list[str]:
     """Return a sentence for each task whose tuned baselines are not all there, or were made by other code."""
-    lacking = collections.Counter(task.row for task, _ in archive.missing(tasks, folder=folder))
     return [
-        f"{row}: {count} of the tuned baselines are missing or were made by other code (archive --dry-run lists them)"
-        for row, count in lacking.items()
+        f"{r.task.row}: {count} of the tuned baselines are missing or were made by other code (archive --dry-run lists "
+        "them)"
+        for r in results
+        if (count := len(archive.lacking(r.task, r.cells)))
     ]

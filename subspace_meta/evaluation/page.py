@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from subspace_meta.evaluation import predecessor
 from subspace_meta.evaluation.comparison import PEER, Comparison, TaskResult
 from subspace_meta.evaluation.plots import plot_predecessor, plot_profile, plot_tasks
-from subspace_meta.evaluation.report import environment
+from subspace_meta.evaluation.report import environment, in_words
 
 Table = tuple[list[str], list[list[str]]]
+
+MARKS = {" +": "better", " =": "tie", " -": "worse"}  # how a cell ends that compares with the best baseline
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1700px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -109,7 +111,7 @@ def preamble(comparison: Comparison) -> list[str]:
         "reach the same loss; interquartile mean over all runs with a 95 % stratified bootstrap interval. Where it "
         "never gets there the length of its run counts (>=).",
         f"Largest violation of a constraint {comparison.largest_violation:.0e}; share of finite runs "
-        f"{comparison.share_finite:.3f}. " + ", ".join(f"{key} {value}" for key, value in environment().items()) + ".",
+        f"{comparison.share_finite:.3f}. {in_words(environment())}.",
         *(f"Note: {note}." for note in comparison.notes),
     ]
 
@@ -165,10 +167,11 @@ def page(comparison: Comparison) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     def cell(text: str) -> str:
-        kind = {"+": "better", "-": "worse"}.get(text[-1:], "")
-        score, bracket, best = html.escape(text).partition(" (")  # of a comparison: the peer goes below, in small
-        shown = f"{score}<br><small>({best}</small>" if bracket else score
-        return f'<td class="{kind}">{shown}</td>' if kind else f"<td>{shown}</td>"
+        if text[-2:] not in MARKS:
+            return f"<td>{html.escape(text)}</td>"
+        kind = MARKS[text[-2:]]
+        score, _, best = html.escape(text).partition(" (")  # the peer goes below, in small
+        return f'<td class="{kind}">{score}<br><small>({best}</small></td>'
 
     top = "".join(f"<th>{html.escape(text)}</th>" for text in header)
     body = "".join(f"<tr>{''.join(cell(text) for text in row)}</tr>" for row in rows)

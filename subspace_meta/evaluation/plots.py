@@ -20,10 +20,7 @@ COLOURS = ("#999999", "#56B4E9", "#009E73", "#D55E00")
 
 def plot_curves(results: Results, path: Path) -> None:
     """Write one panel per problem: mean over seeds and instances, band from lowest to highest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     rows = list(results.curves)
     columns = min(2, len(rows))
@@ -48,10 +45,7 @@ def plot_curves(results: Results, path: Path) -> None:
 
 def plot_training(records: list[dict[str, float]], path: Path) -> None:
     """Write the outer loss over outer steps, raw and smoothed (running mean of 25)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     steps = [record["outer_step"] for record in records]
     losses = [record["outer_loss"] for record in records]
@@ -69,10 +63,7 @@ def plot_training(records: list[dict[str, float]], path: Path) -> None:
 
 def plot_profile(comparison: Comparison) -> bytes:
     """Return a PNG: the share of runs whose speed-up over the tuned peer is at least so much."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     thresholds = 10 ** torch.linspace(-1.0, 1.5, 200, dtype=torch.float64)
     figure, axis = plt.subplots(figsize=(7, 4))
@@ -89,10 +80,7 @@ def plot_profile(comparison: Comparison) -> bytes:
 
 def plot_tasks(comparison: Comparison) -> bytes:
     """Return a PNG: one panel a task; the optimizer with its band over seeds, and the best baseline at every step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     columns = 4
     height = -(-len(comparison.results) // columns)
@@ -119,10 +107,7 @@ def plot_tasks(comparison: Comparison) -> bytes:
 
 def plot_predecessor(records: Sequence[Record]) -> bytes:
     """Return a PNG: one panel a task, the matrix LSTM and the subspace optimizer before and after meta-training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     rows = list(dict.fromkeys(record["task"] for record in records))
     colours = dict(zip(dict.fromkeys(record["optimizer"] for record in records), COLOURS[1::2], strict=False))
@@ -142,10 +127,18 @@ def plot_predecessor(records: Sequence[Record]) -> bytes:
     return _png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def _pyplot() -> Any:
+    """Return pyplot, drawing into memory; imported only when something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
+    _pyplot().close(figure)
     return buffer.getvalue()

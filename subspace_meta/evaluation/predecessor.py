@@ -11,6 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from subspace_meta.evaluation.report import in_words
+
 FILE = Path(__file__).with_name("predecessor.json")
 
 Record = dict[str, Any]
@@ -29,7 +31,7 @@ def recorded(rows: Collection[str]) -> list[Record]:
 
 def where() -> str:
     """Return machine, versions and date of the measurement."""
-    return ", ".join(f"{key} {value}" for key, value in content()["environment"].items())
+    return in_words(content()["environment"])
 
 
 def table(records: list[Record]) -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,11 @@ def environment() -> dict[str, str]:
         "subspace_meta": __version__,
         "commit": _commit(),
     }
+
+
+def in_words(environment: Mapping[str, str]) -> str:
+    """Return what :func:`environment` returns as a phrase."""
+    return ", ".join(f"{key} {value}" for key, value in environment.items())
 
 
 def _processor() -> str:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspace_meta.adapter.network import Weights
 from subspace_meta.meta.unroll import InnerLoop, Trace, pull_back, run
-from subspace_meta.tasks.base import Batch, Data
+from subspace_meta.tasks.base import Batch, Data, Problem
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class CreatedStorages(TorchDispatchMode):
         """Return the bytes of those that still live, and forget the others."""
         self.storages = {key: held for key, held in self.storages.items() if not held[0].expired()}
         return sum(size for _, size in self.storages.values())
+
+
+def entries(problem: Problem) -> int:
+    """Return the number of entries of a problem's parameters."""
+    return sum(math.prod(group.shape) for group in problem.geometry.groups)
 
 
 def _bytes(tree: Any) -> int:

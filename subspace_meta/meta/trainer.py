@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import CheckpointError, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
-from subspace_meta.meta.cost import Cost, predict
+from subspace_meta.meta.cost import Cost, entries, predict
 from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
@@ -144,11 +144,6 @@ def relative_log_loss(objectives: Tensor, initial: Tensor, reference: Tensor) ->
     return torch.log(excess + LOSS_FLOOR)
 
 
-def _entries(family: TaskFamily) -> int:
-    """Return the number of entries of a family's parameters."""
-    return sum(math.prod(group.shape) for group in family.problem.geometry.groups)
-
-
 class Trainer:
     """Meta-training that can be stopped after each outer step and resumed exactly.
 
@@ -186,9 +181,9 @@ class Trainer:
 
     def _restart(self, stream: _Stream, index: int | None = None) -> None:
         """Draw a family unless its index is given, new tasks, starting points and a horizon."""
-        families = stream.settings.families
-        drawn_index = int(torch.randint(len(families), (), generator=self.generator))
-        stream.index = drawn_index if index is None else index
+        if index is None:
+            index = int(torch.randint(len(stream.loops), (), generator=self.generator))
+        stream.index = index
         family = stream.family
         low, high = self.settings.horizon
         drawn = low * (high / low) ** float(torch.rand((), generator=self.generator))
@@ -275,7 +270,7 @@ class Trainer:
         costs = {}
         for i, stream in enumerate(self.streams):
             pairs = zip(stream.settings.families, stream.loops, strict=True)
-            family, loop = max(pairs, key=lambda pair: _entries(pair[0]))
+            family, loop = max(pairs, key=lambda pair: entries(pair[0].problem))
             generator = torch.Generator().manual_seed(0)
             data = family.draw(generator, stream.settings.tasks)
             carry = loop.start(self.theta, family.init(data, generator))
@@ -335,7 +330,7 @@ class Trainer:
             leaves, structure = pytree.tree_flatten((stream.carry, stream.data, stream.initial))
             restored = [tensors[f"stream{i}/{j}"] for j in range(len(leaves))]
             stream.carry, stream.data, stream.initial = pytree.tree_unflatten(restored, structure)
-            stream.index, stream.horizon, stream.age = saved["family"], saved["horizon"], saved["age"]
+            stream.horizon, stream.age = saved["horizon"], saved["age"]
         for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
