@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from subspace_meta.manifolds import Euclidean, Grassmann, Manifold, PolarNewtonS
 
 RATIO_FLOOR = 1e-6
 ZERO_GUARD = 1e-30
+QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class ReferenceState:
     step: int = 0
     momentum: Tensor | None = None  # (d, p), tangent at the current point
     peak: float = 0.0
+    rate: float = 0.0  # logarithm of the learning rate
+    turn: float = 0.0  # cosine of the gradient and the momentum before it
+    along: float = 0.0  # mean product of the gradient and the momentum
     rows: tuple[Coordinate, ...] = field(default=())
     columns: tuple[Coordinate, ...] = field(default=())
 
@@ -54,7 +59,7 @@ def reference_step(
     x: Tensor,
     gradient: Tensor,
     state: ReferenceState | None = None,
-    **settings: float,
+    **settings: Any,
 ) -> tuple[Tensor, ReferenceState]:
     """Take one step with one matrix.
 
@@ -81,7 +86,7 @@ def reference_step(
     x, gradient = x.double(), gradient.double()
     d, p = x.shape
     if state is None:
-        state = ReferenceState(0, torch.zeros_like(x), 0.0, (Coordinate(),) * d, (Coordinate(),) * p)
+        state = ReferenceState(momentum=torch.zeros_like(x), rows=(Coordinate(),) * d, columns=(Coordinate(),) * p)
     assert state.momentum is not None
 
     riemannian = manifold.coordinates(x, manifold.riemannian_gradient(x, gradient))
@@ -93,7 +98,7 @@ def reference_step(
     assert state.momentum is not None
     y = _retract(manifold, x, manifold.project(x, manifold.from_coordinates(x, update)))
     carried = manifold.transport(x, y, manifold.from_coordinates(x, state.momentum))
-    return y, ReferenceState(state.step, carried, state.peak, state.rows, state.columns)
+    return y, replace(state, momentum=carried)
 
 
 def _retract(manifold: Manifold, x: Tensor, tangent: Tensor) -> Tensor:
@@ -121,6 +126,8 @@ def _base(
     momentum_decay: float = 0.9,
     fast_decay: float = 0.9,
     slow_decay: float = 0.99,
+    settling: float = 30.0,
+    spectral: bool = True,
 ) -> tuple[Tensor, ReferenceState]:
     """Return the update of preset ``base`` and the state, its momentum not yet transported."""
     d, p = gradient.shape
@@ -132,43 +139,54 @@ def _base(
 
     momentum = old_momentum + weight(momentum_decay) * (gradient - old_momentum)
 
-    # Statistics of each coordinate: means of R*R, M*M and R*M over its entries, and two running means of the first.
-    r, m = gradient.tolist(), momentum.tolist()
-    lines = [[(r[i][j], m[i][j]) for j in range(p)] for i in range(d)]
-    lines += [[(r[i][j], m[i][j]) for i in range(d)] for j in range(p)]
-    energy = [sum(a * a for a, _ in line) / len(line) for line in lines]
-    momentum_energy = [sum(b * b for _, b in line) / len(line) for line in lines]
-    agreement = [sum(a * b for a, b in line) / len(line) for line in lines]
+    def lines(other: Tensor) -> list[list[tuple[float, float]]]:
+        """Return pairs of entries of the gradient and of another matrix, along every row, then along every column."""
+        pairs = torch.stack([gradient, other], dim=-1)
+        return [[(a, b) for a, b in line] for line in (*pairs.tolist(), *pairs.transpose(0, 1).tolist())]
+
+    # Statistics of each coordinate: means of R*R, M*M and R*M over its entries, the last two also for the momentum
+    # before (its mean square bounded below), and two running means of the first.
+    energy = [sum(a * a for a, _ in line) / len(line) for line in lines(momentum)]
+    momentum_energy = [sum(b * b for _, b in line) / len(line) for line in lines(momentum)]
+    agreement = [sum(a * b for a, b in line) / len(line) for line in lines(momentum)]
+    product = [sum(a * b for a, b in line) / len(line) for line in lines(old_momentum)]
+    before = [sum(b * b + 1e-6 * a * a for a, b in line) / len(line) for line in lines(old_momentum)]
     old = [*state.rows, *state.columns]
     fast = [c.fast + weight(fast_decay) * (e - c.fast) for c, e in zip(old, energy, strict=True)]
     slow = [c.slow + weight(slow_decay) * (e - c.slow) for c, e in zip(old, energy, strict=True)]
 
     # Of the matrix: means over its rows, and the largest mean of the fast energy so far.
-    mean_energy, mean_fast, mean_slow, mean_momentum, mean_agreement = (
-        sum(values[:d]) / d for values in (energy, fast, slow, momentum_energy, agreement)
+    mean_energy, mean_fast, mean_slow, mean_momentum, mean_agreement, mean_product, mean_before = (
+        sum(values[:d]) / d for values in (energy, fast, slow, momentum_energy, agreement, product, before)
     )
     peak = max(state.peak, mean_fast)
+    turn = _cosine(mean_product, mean_energy, mean_before)
+    small = 1e-3 * math.sqrt(mean_energy + ZERO_GUARD) * math.sqrt(mean_momentum + ZERO_GUARD)
+    bend = (mean_product - state.along) / (abs(mean_product) + abs(state.along) + small)
     context = [
         _log_ratio(mean_momentum, mean_fast),
         _log_ratio(mean_fast, mean_slow),
         _log_ratio(mean_energy, mean_fast),
         _log_ratio(mean_fast, peak),
-        _cosine(mean_agreement, mean_energy, mean_momentum),
         math.tanh(t / 10 - 1),
         math.tanh(t / 100 - 1),
         math.tanh(t / 1000 - 1),
+        turn,
+        state.turn,
+        bend,
+        state.rate / 4,
     ]
 
     scales, outputs, coordinates = [], [], []
     for n in range(d + p):
-        side, head = (0, slice(0, 3)) if n < d else (1, slice(3, 6))
+        side, head = (0, slice(0, 5)) if n < d else (1, slice(5, 10))
         relative = [
             _log_ratio(energy[n], mean_energy),
             _log_ratio(fast[n], mean_fast),
             _log_ratio(slow[n], mean_slow),
             _log_ratio(momentum_energy[n], mean_momentum),
         ]
-        cosine = _cosine(agreement[n], energy[n], momentum_energy[n])
+        cosine = _cosine(product[n], energy[n], before[n])
         features = [*relative, cosine, *context, 1.0 if side == 0 else -1.0]
         hidden, cell = _lstm(theta, "lstm", "", torch.tensor(features, dtype=torch.float64), old[n], 0)
         output = (theta["head.weight"][head] @ hidden + theta["head.bias"][head, 0]).tolist()
@@ -176,23 +194,46 @@ def _base(
         outputs.append(output)
         coordinates.append(Coordinate(fast[n], slow[n], (hidden,), (cell,)))
 
-    # The second and third outputs speak for the matrix: how far to go, and how much momentum to take.
+    # The other outputs speak for the matrix: how far to go, how much momentum to take, how to change the rate, and how
+    # much of the orthonormal factor to take.
     def pooled(k: int) -> float:
         return sum(o[k] for o in outputs[:d]) / d + sum(o[k] for o in outputs[d:]) / p
 
-    skip = sum(w * c for w, c in zip(theta["length.skip"].tolist(), context, strict=True))
-    length = _sigmoid(float(theta["length.bias"]) + skip + pooled(1))
-    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2))
+    def skipped(name: str) -> float:
+        return sum(w * c for w, c in zip(theta[name].tolist(), context, strict=True))
 
-    # D = diag(l) ((1-a) R + a M) diag(k), of unit root mean square; the update is -eta D / sqrt(d).
+    change = 0.7 * math.tanh(skipped("rate.skip") + pooled(3)) / (1 + state.step / settling)
+    rate = min(5.0, max(-14.0, state.rate + change))
+    length = 4.0 * _sigmoid(float(theta["length.bias"]) + skipped("length.skip") + pooled(1) + rate)
+    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2))
+    share = _sigmoid(float(theta["spectral.bias"]) + pooled(4)) if spectral else 0.0
+
+    # D = diag(l) ((1-a) R + a M) diag(k), mixed with its orthonormal factor, the columns of both of root mean square
+    # length 1, and brought to that length again; the update is -eta D.
     direction = torch.zeros_like(gradient)
     for i in range(d):
         for j in range(p):
-            mixed = (1 - mix) * r[i][j] + mix * m[i][j]
+            mixed = (1 - mix) * float(gradient[i, j]) + mix * float(momentum[i, j])
             direction[i, j] = math.exp(scales[i]) * mixed * math.exp(scales[d + j])
-    mean_square = sum(value * value for row in direction.tolist() for value in row) / (d * p)
-    update = -length * direction / math.sqrt(mean_square + ZERO_GUARD) / math.sqrt(d)
-    return update, ReferenceState(t, momentum, peak, tuple(coordinates[:d]), tuple(coordinates[d:]))
+    direction = _unit(direction)
+    direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)))
+    rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
+    return -length * direction, ReferenceState(t, momentum, peak, rate, turn, mean_agreement, rows, columns)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """Return the direction with columns of root mean square length 1."""
+    return direction / math.sqrt(float(direction.square().sum()) / direction.shape[1] + ZERO_GUARD)
+
+
+def _orthonormal(direction: Tensor) -> Tensor:
+    """Return the direction with its singular values s, relative to its norm, sent towards 1 by five quintic steps."""
+    left, values, right = torch.linalg.svd(direction, full_matrices=False)
+    values = values / math.sqrt(float(values.square().sum()) + ZERO_GUARD)
+    a, b, c = QUINTIC
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
 
 
 def _paper(
@@ -229,7 +270,8 @@ def _paper(
         for j in range(p):
             update[i, j] = -maxima[i] * scaled[i][j] * maxima[d + j]
     coordinates = [Coordinate(hidden=h, cell=c, maximum=top) for h, c, top in zip(hiddens, cells, maxima, strict=True)]
-    return update, ReferenceState(state.step + 1, momentum, 0.0, tuple(coordinates[:d]), tuple(coordinates[d:]))
+    rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
+    return update, ReferenceState(state.step + 1, momentum, rows=rows, columns=columns)
 
 
 def _lstm(

@@ -54,9 +54,11 @@ def pick(tree: Mapping[str, Tensor], *index: int) -> dict[str, Tensor]:
 
 
 def lively_weights(preset: str = "base", seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 0.3) -> dict:
-    """Return meta-parameters in which no entry is zero, so that every feature and every head matters."""
+    """Return meta-parameters in which no entry is zero, so that every feature and every head matters; short steps."""
     generator = torch.Generator().manual_seed(seed)
     weights = PRESETS[preset].init_weights(generator)
+    if "length.bias" in weights:
+        weights["length.bias"] -= 3.0  # with these a run of long steps is chaotic, and retractions shorten them
     return {
         name: value.to(dtype) + size * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
         for name, value in weights.items()

@@ -97,7 +97,7 @@ def test_another_preset(tmp_path):
     refuse(path, "holds weights of preset 'paper', not of 'base'", "base")
     assert sm.load_weights(path, "paper")[1] == PaperAdapter()
     save_tensors(path, "weights", {"a": torch.ones(3)}, {"preset": "huge", "settings": {}})
-    refuse(path, "preset 'huge' is unknown; there are base, paper")
+    refuse(path, "preset 'huge' is unknown; there are base, light, paper")
 
 
 def test_weights_that_do_not_fit_their_preset(tmp_path):

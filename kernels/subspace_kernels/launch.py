@@ -442,7 +442,7 @@ def cross_means(a: Sequence[Tensor], b: Sequence[Tensor], layout: Layout) -> Ten
 def moments(
     r: Sequence[Tensor], m: Sequence[Tensor], weight: Tensor, layout: Layout, out: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Return M' = M + weight (R - M), and the packed means of R * R, M' * M' and R * M', ``(3, N)``, in one pass.
+    """Return M' = M + weight (R - M), and the packed means of R * R, M * M and R * M, ``(3, N)``, in one pass.
 
     Args:
         r, m: lists of ``(..., d, p)``.
@@ -450,7 +450,7 @@ def moments(
         layout: of the lists.
         out: where M' goes, in its own types; may be ``m`` itself. Without it: new float32 tensors.
 
-    The statistics are of M' as stored. Reads R and M once, writes M' once. Raises what :func:`cross` raises.
+    Reads R and M once, writes M' once. Raises what :func:`cross` raises.
     """
     if not len(r):
         return [], torch.empty(3, 0, device=weight.device)
@@ -617,7 +617,7 @@ def lstm_cell(
 # --- Traffic ----------------------------------------------------------------------------------------------------------
 
 RECORD, TILE, SEGMENT, BLOCK_ENTRY, ADDRESS = 48, 12, 32, 8, 16  # bytes of the tables' entries
-ENERGIES, RAWS, CONTEXTS, OUTPUTS = (1, 4), (1, 1), 8, 3  # of the network (without momentum, with), for the model
+ENERGIES, RAWS, CONTEXTS, OUTPUTS = (1, 4), (1, 1), 11, 5  # of the network (without momentum, with), for the model
 
 
 class Traffic(NamedTuple):

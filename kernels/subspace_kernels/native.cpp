@@ -152,8 +152,7 @@ inline void statistics_of(const float* r, int64_t r_pitch, const float* m, int64
             Vec y = x;
             if (MOMENTUM) {
                 y = load(m + q * m_pitch + j);
-                y += weight * (x - y);
-                store(moved + q * moved_pitch + j, y);
+                store(moved + q * moved_pitch + j, y + weight * (x - y));
             }
             const Vec product[3] = {x * x, y * y, x * y};
             for (int kind = 0; kind < KINDS; kind++) {
@@ -172,8 +171,7 @@ inline void statistics_of(const float* r, int64_t r_pitch, const float* m, int64
             float y = x;
             if (MOMENTUM) {
                 y = m[q * m_pitch + j];
-                y += weight * (x - y);
-                moved[q * moved_pitch + j] = y;
+                moved[q * moved_pitch + j] = y + weight * (x - y);
             }
             const float product[3] = {x * x, y * y, x * y};
             for (int kind = 0; kind < KINDS; kind++) {
@@ -352,7 +350,7 @@ void subspace_energy_means(int64_t count, const float* const* r, const int64_t* 
     all_statistics<false>(count, r, r_pitch, nullptr, nullptr, nullptr, nullptr, d, p, 0.0f, rows, columns, 0, threads);
 }
 
-// M' = M + weight (R - M), which may be written over M, and the means of R * R, M' * M' and R * M', `stride` apart:
+// M' = M + weight (R - M), which may be written over M, and the means of R * R, M * M and R * M, `stride` apart:
 // reads 8 d p bytes, writes 4 d p.
 void subspace_moments(int64_t count, const float* const* r, const int64_t* r_pitch, const float* const* m,
                       const int64_t* m_pitch, float* const* moved, const int64_t* moved_pitch, const int64_t* d,

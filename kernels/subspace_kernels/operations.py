@@ -224,7 +224,7 @@ def _means_of_sums(rows: Tensor, columns: Tensor, layout: Layout) -> Tensor:
 def moments(
     r: Sequence[Tensor], m: Sequence[Tensor], weight: Tensor, layout: Layout, in_place: bool = False
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the new momentum and the means of R * R, M' * M' and R * M'; see ``reference.moments``.
+    """Return the new momentum and the means of R * R, M * M and R * M; see ``reference.moments``.
 
     With ``in_place`` the new momentum may be written over ``m``, which is then of no use.
     """

@@ -136,9 +136,12 @@ def moments(
     layout: Layout,
     means: Callable[[Sequence[Tensor], Sequence[Tensor], Layout], Tensor] = cross_means,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return M' = M + weight (R - M), and the packed means of R * R, M' * M' and R * M', ``(3, N)``."""
+    """Return M' = M + weight (R - M), and the packed means of R * R, M * M and R * M, ``(3, N)``.
+
+    The means with M' follow from these as sums; those with M would follow from its only as differences, which cancel.
+    """
     momentum = [old + weight * (new - old) for old, new in zip(m, r, strict=True)]
-    pairs = ((r, r), (momentum, momentum), (r, momentum))
+    pairs = ((r, r), (m, m), (r, m))
     return momentum, torch.stack([means(a, b, layout) for a, b in pairs])
 
 

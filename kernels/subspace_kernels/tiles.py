@@ -69,6 +69,13 @@ def _bounds(tiles, records, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALI
 
 
 @triton.jit
+def _move(target, weight, x, y, inside, OUT_TYPE: tl.constexpr):
+    """Write Y + weight (X - Y) of one tile, rounded to its type."""
+    moved = _rounded(y + tl.load(weight) * (x - y), OUT_TYPE)
+    tl.store(target, moved.to(OUT_TYPE), mask=inside)
+
+
+@triton.jit
 def cross_tiles(
     table,
     records,
@@ -94,7 +101,7 @@ def cross_tiles(
 
     Modes: ``SAME`` (B is A and is not read again); ``WEIGHTED_V`` and ``WEIGHTED_U`` (A_ij B_ij v_j in the row sums,
     A_ij B_ij u_i in the column sums); ``MOMENTS``: A is R, B is M, the third operand M' = M + weight (R - M) is
-    written, rounded to its type, and the partial sums are those of R * R, M' * M' and R * M' (planes 0, 1, 2).
+    written, rounded to its type, and the partial sums are those of R * R, M * M and R * M (planes 0, 1, 2).
     M' may be M: a program reads its tile before it writes it, and no other program touches it.
 
     Shapes: ``u (rows,)``, ``v (columns,)`` packed; ``weight (1,)``; ``partials (1 or 3, plane)``, float32 all.
@@ -117,9 +124,11 @@ def cross_tiles(
     row_sums = partials + tl.load(records + 6 * matrix + 4) + (first_column // COLUMNS).to(tl.int64) * d + row
     column_sums = partials + tl.load(records + 6 * matrix + 5) + (first_row // ROWS).to(tl.int64) * p + column
     if MOMENTS:
-        y = _rounded(y + tl.load(weight) * (x - y), OUT_TYPE)
-        target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
-        tl.store(target, y.to(OUT_TYPE), mask=inside)
+        # When M' is written decides how many registers it holds beside R and M: last is best where one load brings
+        # several entries, first where each has a pointer of its own.
+        if not ALIGNED:
+            target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
+            _move(target, weight, x, y, inside, OUT_TYPE)
         tl.store(row_sums, tl.sum(x * x, axis=1), mask=row_inside)
         tl.store(column_sums, tl.sum(x * x, axis=0), mask=column_inside)
         tl.store(row_sums + plane, tl.sum(y * y, axis=1), mask=row_inside)
@@ -137,6 +146,9 @@ def cross_tiles(
         packed = u + tl.load(records + 6 * matrix + 2) + row
         by_column = product * tl.load(packed, mask=row_inside, other=0.0)[:, None]
     tl.store(column_sums, tl.sum(by_column, axis=0), mask=column_inside)
+    if MOMENTS and ALIGNED:
+        target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
+        _move(target, weight, x, y, inside, OUT_TYPE)
 
 
 @triton.jit

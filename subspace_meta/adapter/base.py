@@ -1,18 +1,23 @@
 """The adapter of preset ``base``: from a Riemannian gradient and its momentum to a direction of chosen length.
 
     statistics   row and column means of R*R, M*M and R*M (M: momentum), two running averages of the first
-    features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time
+    features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time; the cosine
+                 of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate
     network      one LSTM over all coordinates, a head for rows and a head for columns
-    direction    D = diag(l) ((1-a) R + a M) diag(k), divided by its root mean square
-    length       each column moves by eta in (0, 1) on average: the update is -eta D / sqrt(d)
+    direction    D = diag(l) ((1-a) R + a M) diag(k), mixed with its orthonormal factor; columns of length 1 on average
+    rate         one number rho a matrix, the logarithm of a learning rate: each step changes it by at most
+                 RATE / (1 + t/settling), so within a doubling of the time by a bounded factor, at any age
+    length       each column moves by eta in (0, LONGEST) on average: the update is -eta D with
+                 eta = LONGEST sigmoid(... + rho)
 
-l, k come from the coordinate's own output, eta and a from means of outputs over a matrix: so the map (R, M) -> D is
-equivariant to permutations of rows and of columns, unchanged by duplication, and the same weights serve every size.
-Multiplying all gradients by a constant changes nothing. Beyond arXiv 2501.15235 are the relative features, momentum,
-the learned length and the normalisation; row/column statistics and per-coordinate scales are its idea.
+l, k come from the coordinate's own output; eta, rho, a and the share of the orthonormal factor from means of outputs
+over a matrix: so the map (R, M) -> D is equivariant to permutations of rows and of columns, unchanged by duplication,
+and the same weights serve every size. Multiplying all gradients by a constant changes nothing. Beyond arXiv 2501.15235
+are the relative features, momentum, the learned length and rate, the orthonormal factor and the normalisation;
+row/column statistics and per-coordinate scales are its idea.
 
-Cost a step: one pass over R and M for momentum and statistics, one for the scaling, and 8 H (F + H) flops a coordinate
-for the network.
+Cost a step: one pass over R and M for momentum and statistics, one for the scaling, 8 H (F + H) flops a coordinate for
+the network, and what ``subspace_meta.adapter.spectral`` says.
 """
 
 from __future__ import annotations
@@ -35,12 +40,18 @@ from subspace_kernels import (
 )
 from torch import Tensor
 
-from subspace_meta.adapter.features import TINY, clock, cosine, log_ratio
+from subspace_meta.adapter.features import FLOOR, TINY, clock, cosine, log_ratio
 from subspace_meta.adapter.network import Weights, init_lstm, lstm_shapes
+from subspace_meta.adapter.spectral import spectral_direction
 
-COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and M
-CONTEXT_FEATURES = 8  # momentum/fast, fast/slow, gradient/fast, fast/peak, cosine of R and M; three of time
+COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and old M
+CONTEXT_FEATURES = 11  # momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
+OUTPUTS = 5  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor
+
+LONGEST = 4.0  # the mean column motion of a step is shorter
+RATE = 0.7  # largest change of the log rate in one early step
+RATE_BOUNDS = (-14.0, 5.0)
 
 NETWORK = ("lstm.weight", "lstm.bias", "head.weight", "head.bias", "scale.skip")  # the fields of Network, in order
 
@@ -53,6 +64,9 @@ class BaseState(NamedTuple):
     fast: Tensor  # (N,) running mean of the row and column energies
     slow: Tensor  # (N,)
     peak: Tensor  # (B,), largest mean energy of each matrix so far
+    rate: Tensor  # (B,), logarithm of the learning rate
+    turn: Tensor  # (B,), last cosine of gradient and momentum before it
+    along: Tensor  # (B,), last mean product of gradient and momentum
     hidden: Tensor  # (H, N)
     cell: Tensor  # (H, N)
 
@@ -65,38 +79,50 @@ class BaseAdapter:
         hidden: hidden units of the LSTM.
         momentum_decay: decay of the momentum; 0: the momentum is the gradient itself, and there is no buffer.
         fast_decay, slow_decay: decays of the two running means of the energies.
+        settling: number of steps after which the rate changes at half the speed.
+        spectral: mix directions with their orthonormal factors.
     """
 
     hidden: int = 20
     momentum_decay: float = 0.9
     fast_decay: float = 0.9
     slow_decay: float = 0.99
+    settling: float = 30.0
+    spectral: bool = True
 
-    name = "base"
+    @property
+    def name(self) -> str:
+        """The preset this is, or is a variant of: ``light`` has no momentum."""
+        return "base" if self.momentum_decay else "light"
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the meta-parameters."""
         return {
             **lstm_shapes("lstm", FEATURES, self.hidden),
-            "head.weight": (6, self.hidden),  # three outputs for rows, three for columns
-            "head.bias": (6, 1),
+            "head.weight": (2 * OUTPUTS, self.hidden),  # the outputs for rows, then those for columns
+            "head.bias": (2 * OUTPUTS, 1),
             "scale.skip": (2, 4),
             "length.skip": (CONTEXT_FEATURES,),
+            "rate.skip": (CONTEXT_FEATURES,),
             "length.bias": (),
             "mix.bias": (),
+            "spectral.bias": (),
         }
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Draw meta-parameters that start as RASA-LR with momentum and steps of a tenth of a radian.
 
-        The heads are zero, so the network is silent at first; ``scale.skip`` gives the RASA exponents.
+        The heads are zero, so the network is silent at first; ``scale.skip`` gives the RASA exponents. The rate rises
+        while gradients agree with the momentum, and falls while they oppose it.
         """
         weights = {name: torch.zeros(shape) for name, shape in self.weight_shapes().items()}
         weights.update(init_lstm("lstm", FEATURES, self.hidden, generator))
         weights["scale.skip"][:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
         weights["length.skip"][3] = 0.5  # shorten the step as the gradient shrinks
-        weights["length.bias"] -= 2.0
+        weights["rate.skip"][7] = 0.2
+        weights["length.bias"] -= 3.5
         weights["mix.bias"] += 1.0
+        weights["spectral.bias"] -= 2.0
         return weights
 
     def init(self, layout: Layout, points: Sequence[Tensor]) -> BaseState:
@@ -109,6 +135,9 @@ class BaseAdapter:
             fast=like.new_zeros(coordinates),
             slow=like.new_zeros(coordinates),
             peak=like.new_zeros(layout.matrices),
+            rate=like.new_zeros(layout.matrices),
+            turn=like.new_zeros(layout.matrices),
+            along=like.new_zeros(layout.matrices),
             hidden=like.new_zeros(self.hidden, coordinates),
             cell=like.new_zeros(self.hidden, coordinates),
         )
@@ -152,38 +181,62 @@ class BaseAdapter:
             return (1 - decay) / (1 - decay**step)
 
         momentum: list[Tensor] = []
+        weight = average_weight(self.momentum_decay)
         if self.momentum_decay:
-            weight = average_weight(self.momentum_decay)
             momentum, means = moments(gradients, state.momentum, weight, layout, in_place)
-            energy, momentum_energy, agreement = means
+            energy, before, product = means
+            # Those of R * M' and M' * M', with M' = (1-w) M + w R; the second is not negative but for rounding.
+            agreement = (1 - weight) * product + weight * energy
+            momentum_energy = (1 - weight) * ((1 - weight) * before + weight * product) + weight * agreement
+            momentum_energy = momentum_energy.clamp(min=0)
+            before = before + FLOOR * energy  # a momentum a thousand times smaller than the gradient has no direction
         else:
-            energy = momentum_energy = agreement = cross_means(gradients, gradients, layout)
+            energy = momentum_energy = cross_means(gradients, gradients, layout)
+            agreement = product = before = torch.zeros_like(energy)
         fast = state.fast + average_weight(self.fast_decay) * (energy - state.fast)
         slow = state.slow + average_weight(self.slow_decay) * (energy - state.slow)
 
-        packed = torch.stack([energy, fast, slow, momentum_energy, agreement])
-        matrix = row_means(packed[:, : layout.rows], layout)  # (5, B): means over a matrix are means over its rows
+        packed = torch.stack([energy, fast, slow, momentum_energy, agreement, product, before])
+        matrix = row_means(packed[:, : layout.rows], layout)  # (7, B): means over a matrix are means over its rows
         peak = torch.maximum(state.peak, matrix[1])
+        turn = cosine(matrix[5], matrix[0], matrix[6])
+        # R fell from <R_{t-1}, M> to <R_t, M> along M: the secant's view of the curvature.
+        small = 1e-3 * (matrix[0] + TINY).sqrt() * (matrix[3] + TINY).sqrt()
+        bend = (matrix[5] - state.along) / (matrix[5].abs() + state.along.abs() + small)
         context = torch.stack(
             [
                 log_ratio(matrix[3], matrix[1]),
                 log_ratio(matrix[1], matrix[2]),
                 log_ratio(matrix[0], matrix[1]),
                 log_ratio(matrix[1], peak),
-                cosine(matrix[4], matrix[0], matrix[3]),
                 *clock(step)[:, None].expand(3, layout.matrices),
+                turn,
+                state.turn,
+                bend,
+                0.25 * state.rate,
             ]
         )
-        inputs = Inputs(packed[:4], matrix[:4], cosine(agreement, energy, momentum_energy)[None], context)
+        inputs = Inputs(packed[:4], matrix[:4], cosine(product, energy, before)[None], context)
         network = Network(*(weights[name] for name in NETWORK))
         output, hidden, cell = lstm_cell(network, inputs, state.hidden, state.cell, layout, in_place)
-        # Outputs beside the scales are pooled over each matrix: its length and its mix.
+        # Outputs beside the scales are pooled over each matrix.
         pooled = row_means(output[1:, : layout.rows], layout) + column_means(output[1:, layout.rows :], layout)
-        skipped = (weights["length.skip"][:, None] * context).sum(dim=0)
-        length = torch.sigmoid(weights["length.bias"] + skipped + pooled[0])
+        length_skip, rate_skip = (
+            (weights[name][:, None] * context).sum(dim=0) for name in ("length.skip", "rate.skip")
+        )
+        change = torch.tanh(rate_skip + pooled[2]) * (RATE / (1 + state.step / self.settling))
+        rate = (state.rate + change).clamp(*RATE_BOUNDS)
+        length = LONGEST * torch.sigmoid(weights["length.bias"] + length_skip + pooled[0] + rate)
         mix = torch.sigmoid(weights["mix.bias"] + pooled[1]) if momentum else None
         scaled, squares = directions(gradients, momentum, mix, output[0], layout, out)
+        if self.spectral:
+            shares = layout.per_group(torch.sigmoid(weights["spectral.bias"] + pooled[3]))
+            groups = zip(scaled, layout.per_group(squares), layout.sizes, shares, strict=True)
+            mixed = [spectral_direction(*group) for group in groups]
+            scaled = [direction for direction, _ in mixed]
+            squares = torch.cat([square.reshape(-1) for _, square in mixed])
         factors: list[Tensor | float] = [
             part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
         ]
-        return scaled, factors, BaseState(step, tuple(momentum), fast, slow, peak, hidden, cell)
+        new = BaseState(step, tuple(momentum), fast, slow, peak, rate, turn, matrix[4], hidden, cell)
+        return scaled, factors, new

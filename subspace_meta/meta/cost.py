@@ -1,10 +1,11 @@
 """What a meta-gradient will cost, before it is computed.
 
 One step of each inner loop is run eagerly, once forward and once back, with counters: bytes of the carry, bytes that
-autograd saves for the way back (residuals), flops of the matrix products. With T steps and a checkpoint interval of k
+autograd saves for the way back (residuals), flops of the matrix products. With T
+steps, a checkpoint interval of k, and the last m intervals kept
 
-    peak bytes = ceil(T/k) carries + k residuals + the mini-batches,
-    forward passes = 2T - (steps of the last interval),   backward passes = T.
+    peak bytes = ceil(T/k) carries + m k residuals + the mini-batches,
+    forward passes = 2T - (steps of the last m intervals),   backward passes = T.
 
 Compiled code keeps other residuals than eager code, but about as many bytes (16 tasks on St(64, 8): 1.14 MB a step
 predicted, 1.22 MB measured). The time to compile depends on none of T, k and tasks: see docs/meta_gradients.md.
@@ -33,7 +34,7 @@ class Cost:
     """Predicted cost of one meta-gradient.
 
     Attributes:
-        tasks, steps, interval: of the inner loops.
+        tasks, steps, interval, kept: of the inner loops.
         carry_bytes: of one carry.
         residual_bytes: of one step, eager.
         batch_bytes: of all mini-batches.
@@ -43,6 +44,7 @@ class Cost:
     tasks: int
     steps: int
     interval: int
+    kept: int
     carry_bytes: int
     residual_bytes: int
     batch_bytes: int
@@ -52,7 +54,8 @@ class Cost:
     def peak_bytes(self) -> int:
         """The most that is alive at once."""
         borders = math.ceil(self.steps / self.interval)
-        return borders * self.carry_bytes + min(self.interval, self.steps) * self.residual_bytes + self.batch_bytes
+        alive = min(self.interval * self.kept, self.steps)
+        return borders * self.carry_bytes + alive * self.residual_bytes + self.batch_bytes
 
 
 def predict(loop: InnerLoop, theta: Weights, carry: Any, batch: Batch, data: Data, steps: int) -> Cost:
@@ -79,6 +82,7 @@ def predict(loop: InnerLoop, theta: Weights, carry: Any, batch: Batch, data: Dat
         tasks=tasks,
         steps=steps,
         interval=min(loop.interval_of(steps), steps),
+        kept=loop.kept,
         carry_bytes=_bytes(carry),
         residual_bytes=residuals,
         batch_bytes=_bytes(batch) * steps,

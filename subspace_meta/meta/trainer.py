@@ -85,9 +85,15 @@ class TrainSettings:
         streams: what is trained on.
         preset: name of the optimizer preset.
         outer_steps: number of updates of the meta-parameters.
-        segment: inner steps per truncation segment.
+        segment: inner steps of the first truncation segment of an inner loop.
+        longest: inner steps of the longest segment, ``segment`` times a power of 2. A segment is as long as its inner
+            loop is old, from ``segment`` up to a bound that doubles in equal parts of the training (before
+            ``restart``) until it is ``longest``: what is decided late in an inner loop shows later, and a derivative
+            through many steps is of use only once the optimizer is stable. ``None``: all have the length ``segment``.
         horizon: shortest and longest inner loop, in steps; drawn log-uniformly.
         lr: outer learning rate at its peak; cosine decay to zero after a linear warm-up.
+        restart: outer step at which the learning rate starts again, at half its peak, to decay to zero a second time
+            (Loshchilov and Hutter, "SGDR", ICLR 2017); ``None``: never.
         warmup: outer steps of warm-up.
         clip: largest norm of the meta-gradient.
         seed: of everything random.
@@ -97,8 +103,10 @@ class TrainSettings:
     preset: str = "base"
     outer_steps: int = 400
     segment: int = 20
+    longest: int | None = None
     horizon: tuple[int, int] = (40, 400)
     lr: float = 3e-3
+    restart: int | None = None
     warmup: int = 10
     clip: float = 1.0
     seed: int = 0
@@ -107,13 +115,37 @@ class TrainSettings:
         low, high = self.horizon
         if not 0 < self.segment <= low <= high:
             raise ValueError(f"need 0 < segment <= shortest <= longest horizon, got {self.segment} and {self.horizon}")
+        if self.segment * 2**self.doublings != self.longest_segment:
+            raise ValueError(f"the longest segment must be {self.segment} steps times a power of 2, got {self.longest}")
+        if self.restart is not None and not 0 < self.restart < self.outer_steps:
+            raise ValueError(f"the restart must be one of {self.outer_steps} outer steps, got {self.restart}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
+
+    @property
+    def longest_segment(self) -> int:
+        """The length of the longest segment."""
+        return self.segment if self.longest is None else self.longest
+
+    @property
+    def doublings(self) -> int:
+        """How often the bound on the length of segments doubles."""
+        return max(0, (self.longest_segment // self.segment).bit_length() - 1)
+
+    def segment_at(self, outer_step: int, age: int, horizon: int) -> int:
+        """Return the length of the segment that follows ``age`` steps of an inner loop of ``horizon`` steps."""
+        part = (self.doublings + 1) * outer_step // (self.restart or self.outer_steps)
+        return min(max(self.segment, age), self.segment * 2 ** min(part, self.doublings), horizon - age)
 
     def learning_rate(self, outer_step: int) -> float:
         """Return the outer learning rate at a step counted from 0."""
         warm = min(1.0, (outer_step + 1) / max(1, self.warmup))
-        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * outer_step / self.outer_steps))
+        first = self.restart or self.outer_steps
+        if outer_step < first:
+            peak, done = self.lr * warm, outer_step / first
+        else:
+            peak, done = 0.5 * self.lr, (outer_step - first) / (self.outer_steps - first)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass
@@ -173,8 +205,10 @@ class Trainer:
         return InnerLoop(
             family.problem,
             PresetOptimizer(self.settings.preset),
-            # Segments are short: all residuals of one fit, and nothing is run twice.
+            # Segments are short: all their residuals fit, and nothing is run twice.
             interval=self.settings.segment,
+            kept=self.settings.longest_segment // self.settings.segment,
+            bounded=True,
             compiled=stream.compiled,
             first_order=stream.first_order,
         )
@@ -207,7 +241,8 @@ class Trainer:
         assert stream.initial is not None
         family = stream.family
         measured = family.measured(stream.data)
-        batches = family.sample(stream.data, self.generator, self.settings.segment)
+        length = self.settings.segment_at(self.outer_step, stream.age, stream.horizon)
+        batches = family.sample(stream.data, self.generator, length)
         initial, reference = stream.initial, stream.data["reference"]
 
         def outer_loss(objectives: Tensor) -> Tensor:
@@ -217,7 +252,7 @@ class Trainer:
         norm = torch.stack([g.square().sum() for g in found.theta.values()]).sum().sqrt()
         finite = bool(torch.isfinite(norm))
         self.spoiled_tasks += int(found.spoiled.sum())
-        stream.age += self.settings.segment
+        stream.age += length
         if finite:
             self.skipped_in_a_row = 0
             stream.carry = found.carry
@@ -276,7 +311,7 @@ class Trainer:
             carry = loop.start(self.theta, family.init(data, generator))
             batch = family.sample(data, generator, 1)
             costs[f"{i}: {family.name}"] = predict(
-                loop, self.theta, carry, batch, family.measured(data), self.settings.segment
+                loop, self.theta, carry, batch, family.measured(data), self.settings.longest_segment
             )
         return costs
 
@@ -342,8 +377,10 @@ class Trainer:
             "preset": settings.preset,
             "outer_steps": settings.outer_steps,
             "segment": settings.segment,
+            "longest": settings.longest,
             "horizon": list(settings.horizon),
             "lr": settings.lr,
+            "restart": settings.restart,
             "warmup": settings.warmup,
             "clip": settings.clip,
             "seed": settings.seed,

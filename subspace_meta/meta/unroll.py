@@ -53,21 +53,30 @@ class InnerLoop:
         block: steps in one compiled block.
         interval: steps between two kept carries, a multiple of ``block``; ``None`` is about the square root of the
             number of steps, and a number at least as large as that keeps all residuals.
+        kept: number of intervals, the last ones, whose residuals are kept instead of made again.
         compiled: compile the blocks, or run them eagerly.
         first_order: treat inner gradients as constants in the meta-gradient (Andrychowicz et al. 2016).
+        bounded: what the meta-gradient passes back over the border of an interval grows at most linearly with the
+            number of intervals, as it does where steps neither amplify nor damp; more is scaled down to that. In
+            chaotic runs the derivative grows exponentially and says nothing (Metz et al., "Understanding and correcting
+            pathologies in the training of learned optimizers", ICML 2019): then this is close to truncation.
 
     Raises:
-        ValueError: ``block`` is not positive, or ``interval`` no multiple of it.
+        ValueError: ``block`` or ``kept`` is not positive, or ``interval`` no multiple of ``block``.
     """
 
     problem: Problem
     make_optimizer: Callable[[Geometry, Weights], Optimizer]
     block: int = 1
     interval: int | None = None
+    kept: int = 1
     compiled: bool = True
     first_order: bool = False
+    bounded: bool = False
 
     def __post_init__(self) -> None:
+        if self.kept < 1:
+            raise ValueError(f"at least the last interval's residuals are kept, got kept={self.kept}")
         if self.block < 1:
             raise ValueError(f"a block needs at least one step, got {self.block}")
         if self.interval is not None and (self.interval < 1 or self.interval % self.block):
@@ -98,13 +107,13 @@ class Trace(NamedTuple):
         carry: after the last step.
         objectives: after each step, ``(steps, tasks)``.
         borders: the carries at the start of each interval.
-        last: the last interval with its residuals, which is not run again.
+        last: the last intervals, in order, with their residuals: they are not run again.
     """
 
     carry: Carry
     objectives: Tensor
     borders: list[Carry]
-    last: _Interval
+    last: list[_Interval]
 
 
 class _Interval(NamedTuple):
@@ -223,14 +232,17 @@ def run(loop: InnerLoop, theta: Weights, carry: Carry, batches: Batch, data: Dat
     steps = steps_of(loop, batches)
     interval = loop.interval_of(steps)
     theta = _leaves(theta)
-    borders, objectives = [], []
+    borders, objectives, last = [], [], []
     for t in range(0, steps, interval):
         borders.append(_detached(carry))
         end = min(t + interval, steps)
-        part = _interval(loop, theta, carry, batches, data, range(t, end), keep=end == steps)
+        keep = end + (loop.kept - 1) * interval >= steps
+        part = _interval(loop, theta, carry, batches, data, range(t, end), keep)
         carry = part.carry
         objectives.append(part.objectives.detach())
-    return Trace(_detached(carry), torch.cat(objectives), borders, part)
+        if keep:
+            last.append(part)
+    return Trace(_detached(carry), torch.cat(objectives), borders, last)
 
 
 def pull_back(
@@ -252,19 +264,29 @@ def pull_back(
     interval = loop.interval_of(steps)
     leaves = _leaves(theta)
     total = {name: torch.zeros_like(value) for name, value in theta.items()}
-    part, cotangent = trace.last, pytree.tree_map(torch.zeros_like, trace.carry)
-    for index in reversed(range(len(trace.borders))):
+    cotangent, bound = pytree.tree_map(torch.zeros_like, trace.carry), torch.inf
+    count = len(trace.borders)
+    for index in reversed(range(count)):
         t = index * interval
-        end = min(t + interval, steps)
-        if end < steps:
-            part = _interval(loop, leaves, trace.borders[index], batches, data, range(t, end), keep=True)
+        if index >= count - len(trace.last):
+            part = trace.last[index - count]
+        else:
+            steps_of_it = range(t, min(t + interval, steps))
+            part = _interval(loop, leaves, trace.borders[index], batches, data, steps_of_it, keep=True)
         outputs = [*pytree.tree_leaves(part.carry), part.objectives]
-        given = [*pytree.tree_leaves(cotangent), objective_cotangents[t:end]]
+        given = [*pytree.tree_leaves(cotangent), objective_cotangents[t : t + interval]]
         names = list(theta)
         starts, structure = pytree.tree_flatten(part.start)
         found = torch.autograd.grad(
             outputs, [*(part.theta[name] for name in names), *starts], given, materialize_grads=True
         )
         total = {name: total[name] + value for name, value in zip(names, found, strict=False)}
-        cotangent = pytree.tree_unflatten(list(found[len(names) :]), structure)
+        passed = list(found[len(names) :])
+        if loop.bounded and index:  # what leaves the first interval is passed to none
+            done = count - index
+            norm = float(torch.stack([value.square().sum() for value in passed]).sum().sqrt())
+            if norm > bound:
+                passed = [value * (bound / norm) for value in passed]
+            bound = min(norm, bound) * (done + 1) / done
+        cotangent = pytree.tree_unflatten(passed, structure)
     return MetaGradient(total, cotangent)

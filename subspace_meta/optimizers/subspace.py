@@ -31,7 +31,11 @@ from subspace_meta.optimizers.base import (
 Adapter = BaseAdapter | PaperAdapter
 
 # Looked up by name instead of being a default argument: torch.compile can trace a global, not a default object.
-PRESETS: dict[str, Adapter] = {"base": BaseAdapter(), "paper": PaperAdapter()}
+PRESETS: dict[str, Adapter] = {
+    "base": BaseAdapter(),
+    "light": BaseAdapter(momentum_decay=0.0, spectral=False),
+    "paper": PaperAdapter(),
+}
 
 
 def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:

@@ -42,9 +42,9 @@ class SuiteTask:
         row: name of the row in tables.
         family: what is drawn; the row's size is in it.
         manifolds: names of the manifolds of its parameters, sorted.
-        axis: how it differs from training, which is PCA and orthonormal classification on Stiefel, up to 64 x 10, for
-            up to 400 steps: another size of them, another task, another manifold, the same on real data never trained
-            on, ten times as many steps, or not at all.
+        axis: how it differs from what the weights are trained on (``subspace_meta.meta.distribution``): a larger size
+            of a problem, a data set never trained on, another problem, another manifold, ten times as many steps,
+            or not at all.
         metric: what the problem's ``metric`` measures.
         reference: "closed form": attained by a known point; "computed": the global minimum, by a method that finds it;
             "best known": local descent from a planted solution, or the best of many runs; "lower bound": 0, which the
@@ -122,7 +122,7 @@ def _on_grassmann() -> tuple[SuiteTask, ...]:
             "robust subspace recovery 64x5",
             RobustSubspace(64, 5),
             where,
-            "unseen task",
+            "unseen size",
             "sine of the angles to the true subspace, root mean square",
             "best known",
         ),
@@ -186,7 +186,7 @@ def _on_stiefel() -> tuple[SuiteTask, ...]:
         ),
         SuiteTask("leading subspace 200x20", LeadingSubspace(200, 20), where, "unseen size", EXCESS, "closed form"),
         SuiteTask(
-            "joint diagonalisation 32x8", JointDiagonalisation(32, 8), where, "unseen task", ANGLE, "closed form"
+            "joint diagonalisation 32x8", JointDiagonalisation(32, 8), where, "unseen size", ANGLE, "closed form"
         ),
         SuiteTask(
             "independent components 32x8", IndependentComponents(32, 8), where, "unseen task", ANGLE, "best known"
@@ -206,7 +206,7 @@ def _on_stiefel() -> tuple[SuiteTask, ...]:
             "orthogonal perceptron on digits",
             perceptron,
             ("Euclidean", "Stiefel"),
-            "unseen task",
+            "real data",
             ACCURACY,
             "lower bound",
         ),
@@ -239,17 +239,17 @@ def _on_positive_definite() -> tuple[SuiteTask, ...]:
             "Karcher means of Kylberg 20x5x5",
             kylberg,
             where,
-            "unseen manifold",
+            "real data",
             distance,
             "computed",
             "kylberg_spd.npz",
         ),
-        SuiteTask("Karcher means of MNIST 10x5x5", digits, where, "unseen manifold", distance, "computed"),
+        SuiteTask("Karcher means of MNIST 10x5x5", digits, where, "real data", distance, "computed"),
         SuiteTask(
             "metric learning on digits 10x10",
             MetricLearning(*DIGITS, 10),
             where,
-            "unseen manifold",
+            "real data",
             ACCURACY,
             "closed form",
         ),
@@ -257,7 +257,7 @@ def _on_positive_definite() -> tuple[SuiteTask, ...]:
             "covariance with missing data 10x10",
             IncompleteCovariance(10),
             where,
-            "unseen manifold",
+            "unseen task",
             "divergence from the true distribution",
             "best known",
         ),
@@ -265,24 +265,28 @@ def _on_positive_definite() -> tuple[SuiteTask, ...]:
 
 
 def _on_others() -> tuple[SuiteTask, ...]:
-    new: Axis = "unseen manifold"
     return (
         SuiteTask(
             "synchronisation of 30 rotations SO(3)",
             Synchronisation(30),
             ("Rotations",),
-            new,
+            "unseen size",
             "error of the relative rotations, root mean square",
             "computed",
         ),
         SuiteTask(
-            "Wahba's problem SO(3)", Wahba(), ("Rotations",), new, "distance to the solution, relative", "closed form"
+            "Wahba's problem SO(3)",
+            Wahba(),
+            ("Rotations",),
+            "unseen task",
+            "distance to the solution, relative",
+            "closed form",
         ),
         SuiteTask(
             "adding problem, orthogonal recurrence 32x32",
             AddingProblem(),
             ("Euclidean", "Orthogonal"),
-            new,
+            "unseen task",
             "root mean square error",
             "lower bound",
         ),
@@ -290,7 +294,7 @@ def _on_others() -> tuple[SuiteTask, ...]:
             "Rayleigh quotient 200",
             RayleighQuotient(200),
             ("Sphere",),
-            new,
+            "unseen size",
             "squared sine of the angle to the eigenvector",
             "closed form",
         ),
@@ -298,7 +302,7 @@ def _on_others() -> tuple[SuiteTask, ...]:
             "spherical k-means of digits 10 x S(64)",
             SphericalKMeans(*DIGITS, 10),
             ("Sphere",),
-            new,
+            "unseen task",
             "purity",
             "best known",
         ),
@@ -306,7 +310,7 @@ def _on_others() -> tuple[SuiteTask, ...]:
             "max-cut relaxation 15x100",
             MaxCut(100, 15),
             ("Oblique",),
-            new,
+            "unseen manifold",
             "share of edges cut after rounding",
             "computed",
         ),
@@ -314,18 +318,23 @@ def _on_others() -> tuple[SuiteTask, ...]:
             "dictionary learning of digits 64x32, 32x128",
             DictionaryLearning(*DIGITS, 32, 128),
             ("Euclidean", "Oblique"),
-            new,
+            "unseen manifold",
             "relative reconstruction error",
             "lower bound",
         ),
         SuiteTask(
-            "logistic regression of digits 64", LogisticRegression(*DIGITS), ("Euclidean",), new, ACCURACY, "computed"
+            "logistic regression of digits 64",
+            LogisticRegression(*DIGITS),
+            ("Euclidean",),
+            "real data",
+            ACCURACY,
+            "computed",
         ),
         SuiteTask(
             "perceptron on digits",
             NetworkClassification(*DIGITS, "perceptron 64-32-32-10", Perceptron),
             ("Euclidean",),
-            new,
+            "real data",
             ACCURACY,
             "lower bound",
         ),
@@ -333,7 +342,7 @@ def _on_others() -> tuple[SuiteTask, ...]:
             "low-rank factorisation 80x5, 5x5, 50x5",
             LowRankFactorisation(80, 50, 5),
             ("SPD", "Stiefel"),
-            new,
+            "unseen task",
             "distance to the best approximation, relative",
             "closed form",
         ),

@@ -170,8 +170,8 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
     ("arguments", "parts"),
     [
         (("train", "--presett", "quick"), ("No such option: --presett", "--preset")),
-        (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, smoke")),
-        (("train", "--optimizer", "adam"), ("unknown optimizer preset 'adam'", "base, paper")),
+        (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, release, smoke")),
+        (("train", "--optimizer", "adam"), ("unknown optimizer preset 'adam'", "base, light, paper")),
         (("train", "--outer-steps", "0"), ("--outer-steps", "greater than or equal to 1")),
         (("train", "--resume"), ("--resume needs --name",)),
         (("train", "--resume", "--name", "none"), ("runs/none", "without --resume")),

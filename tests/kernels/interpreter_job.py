@@ -230,11 +230,12 @@ def check_moments(matrices: list) -> None:
     layout, weight = layout_of(r), torch.tensor(0.3)
     wanted = reference.moments(wide(r), wide(m), weight.double(), layout)[0]
     size = [x + y for x, y in zip(absolute(r), absolute(m), strict=True)]
+    before = [x.clone() for x in m]
     for target in (None, out, m):
         found, means = launch.moments(r, m, weight, layout, out=target)
         for triple in zip(found, wanted, size, strict=True):
             close(*triple)
-        for index, (a, b) in enumerate(((r, r), (found, found), (r, found))):  # M' as it is stored
+        for index, (a, b) in enumerate(((r, r), (before, before), (r, before))):
             scale = reference.cross_means(absolute(a), absolute(b), layout)
             close(means[index], reference.cross_means(wide(a), wide(b), layout), scale)
     assert all(x is y for x, y in zip(found, m, strict=True))

@@ -50,7 +50,7 @@ def test_traffic_of_one_matrix_by_hand():
     assert (sums.read, sums.written) == (4 * edges + 2 * 36 + 3 * 8, 4 * (d + p))
     assert (rank.read, rank.written) == (2 * d * p + 4 * 12 + 48 + 32 + 4 * edges, 4 * d * p + 4 * 4)
     assert (squares.read, squares.written) == (4 * 4 + 36 + 8, 4)
-    assert (cell.read, cell.written) == (4 * (d + p) * (1 + 1 + 1 + 4), 4 * (d + p) * (4 + 3))
+    assert (cell.read, cell.written) == (4 * (d + p) * (1 + 1 + 1 + 4), 4 * (d + p) * (4 + 5))
 
 
 @pytest.mark.parametrize("layout", [MIXED, Layout(())])

@@ -90,13 +90,14 @@ def statistics(flat):
 def statistics_formula(flat):
     *rm, weight = cut(flat, [*SHAPES, *SHAPES, ()])
     r = matrices(rm[:3])
-    m = [(1 - weight) * old + weight * new for old, new in zip(matrices(rm[3:]), r, strict=True)]
+    m = matrices(rm[3:])
+    moved = [(1 - weight) * old + weight * new for old, new in zip(m, r, strict=True)]
 
     def means(a, b):
         rows = [(x * y).mean(dim=1) for x, y in zip(a, b, strict=True)]
         return torch.cat(rows + [(x * y).mean(dim=0) for x, y in zip(a, b, strict=True)])
 
-    flat_m = [part.reshape(-1) for part in m]
+    flat_m = [part.reshape(-1) for part in moved]
     three = torch.cat([means(r, r), means(m, m), means(r, m)])
     return [flat_m[0], torch.cat(flat_m[1:3]), flat_m[3], three, means(r, r)]
 

@@ -122,11 +122,46 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates[-1] < 1e-3
 
 
+def test_the_learning_rate_starts_again_at_half() -> None:
+    settings = replace(SETTINGS, outer_steps=150, restart=100, warmup=10, lr=1.0)
+    once = replace(SETTINGS, outer_steps=100, warmup=10, lr=1.0)
+    rates = [settings.learning_rate(t) for t in range(150)]
+    assert rates[:100] == [once.learning_rate(t) for t in range(100)]
+    assert rates[100] == 0.5
+    assert rates[125] == pytest.approx(0.25)
+    assert rates[-1] < 1e-3
+
+
+def test_segments_grow_with_the_age_and_with_the_training() -> None:
+    settings = replace(SETTINGS, outer_steps=80, restart=40, segment=5, longest=20, horizon=(5, 100))
+    # Thirds of what precedes the restart: 13 1/3 steps each.
+    assert [settings.segment_at(t, 50, 100) for t in (0, 13, 14, 26, 27, 40, 79)] == [5, 5, 10, 10, 20, 20, 20]
+    assert [settings.segment_at(79, age, 100) for age in (0, 5, 10, 20, 40, 95)] == [5, 5, 10, 20, 20, 5]
+    assert [replace(settings, longest=None).segment_at(t, 50, 100) for t in (0, 79)] == [5, 5]
+
+
+def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, streams=SETTINGS.streams[:1], restart=6, longest=16, horizon=(80, 80))
+    whole = Trainer(settings)
+    records = without_time(list(whole.run()))
+    # Half of the way with growing bounds; a new inner loop begins after 80 steps.
+    assert [record["inner_step"] for record in records] == [4, 8, 16, 24, 40, 56, 72, 80, 4, 8, 16, 32]
+    first, second = Trainer(settings), Trainer(settings)
+    for _ in range(7):
+        first.step()
+    first.save(tmp_path / "checkpoint.safetensors")
+    second.load(tmp_path / "checkpoint.safetensors")
+    assert without_time(list(second.run())) == records[7:]
+    assert all(torch.equal(second.theta[name], value) for name, value in whole.theta.items())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"horizon": (2, 8)}, "segment"),
-        ({"preset": "large"}, "'large' is unknown; there are base, paper"),
+        ({"preset": "large"}, "'large' is unknown; there are base, light, paper"),
+        ({"longest": 12}, "4 steps times a power of 2, got 12"),
+        ({"restart": 0}, "the restart must be one of"),
     ],
 )
 def test_settings_that_cannot_be(change: dict, message: str) -> None:

@@ -11,6 +11,7 @@ from making import lively_weights, normal
 from torch import Tensor
 
 import subspace_meta as sm
+from subspace_meta.meta import unroll
 from subspace_meta.meta.unroll import Carry, InnerLoop, pull_back, run
 from subspace_meta.tasks import Problem
 from subspace_meta.tasks.pca import pca_problem
@@ -131,6 +132,49 @@ def test_batches_and_cotangents_that_do_not_fit() -> None:
     trace = run(LOOP, theta, carry, batches, data)
     with pytest.raises(ValueError, match=r"the cotangents have shape \(9, 3\), the objectives \(10, 3\)"):
         pull_back(LOOP, theta, trace, batches, data, COTANGENTS[:9])
+
+
+@pytest.mark.parametrize("kept", [1, 2, 9])
+def test_kept_residuals_change_nothing(kept: int) -> None:
+    loop = replace(LOOP, interval=4)
+    assert relative(meta_gradient(replace(loop, kept=kept)), meta_gradient(loop)) < 1e-12
+
+
+def test_no_interval_is_run_twice_if_its_residuals_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    plain = unroll._interval
+    monkeypatch.setattr(unroll, "_interval", lambda *arguments, **named: runs.append(1) or plain(*arguments, **named))
+    for kept, again in ((1, 4), (3, 2), (5, 0), (9, 0)):
+        runs.clear()
+        meta_gradient(replace(LOOP, interval=2, kept=kept))
+        assert len(runs) == 5 + again
+
+
+def test_bounded_scales_down_only_what_grows() -> None:
+    """With objectives of the last interval only, each border is crossed once, and its bound is a multiple of the last.
+
+    Long steps amplify: there it acts. Short ones do not: there it does nothing.
+    """
+    theta, params, batches, data = setting()
+    loop = replace(LOOP, interval=2)
+    cotangents = COTANGENTS.clone()
+    cotangents[:-2] = 0.0
+
+    def gradient(loop: InnerLoop, longer: float) -> dict[str, Tensor]:
+        weights = {**theta, "length.bias": theta["length.bias"] + longer}
+        trace = run(loop, weights, loop.start(weights, params), batches, data)
+        return pull_back(loop, weights, trace, batches, data, cotangents).theta
+
+    def size(gradient: dict[str, Tensor]) -> float:
+        return sum(float(value.square().sum()) for value in gradient.values()) ** 0.5
+
+    plain, bounded = gradient(loop, 6.0), gradient(replace(loop, bounded=True), 6.0)
+    assert relative(bounded, plain) > 1e-3
+    assert size(bounded) < size(plain)
+    assert relative(gradient(replace(loop, bounded=True), -3.0), gradient(loop, -3.0)) < 1e-12
+    # A single interval has no border.
+    one = replace(LOOP, interval=STEPS)
+    assert relative(gradient(replace(one, bounded=True), 6.0), gradient(one, 6.0)) == 0.0
 
 
 def test_first_order_is_something_else_but_similar() -> None:

@@ -210,7 +210,7 @@ def test_wrong_weights_are_refused():
         sm.SubspaceOptimizer(geometry, {k: v for k, v in weights.items() if "head" not in k}, "paper")
     with pytest.raises(ValueError, match=r"'lstm.bias' has shape \(4, 1\); preset 'base' .* 20 needs \(80, 1\)"):
         sm.SubspaceOptimizer(geometry, {**weights, "lstm.bias": torch.zeros(4, 1)})
-    with pytest.raises(ValueError, match="preset 'large' is unknown; there are base, paper"):
+    with pytest.raises(ValueError, match="preset 'large' is unknown; there are base, light, paper"):
         sm.SubspaceOptimizer(geometry, weights, "large")
 
 

@@ -98,6 +98,7 @@ def test_masked_padding(preset, size, extra, seed):
 def test_padding_that_is_not_masked_is_seen():
     plain = gradients_of((5, 3), 0)
     weights = lively_weights("base")
+    weights["length.bias"] += 3.0  # long steps, so that a difference shows
     padded = [torch.nn.functional.pad(r, (0, 2, 0, 3)) for r in plain]
     (a,), (b,) = adapt(PRESETS["base"], weights, [[plain[0]]])[0], adapt(PRESETS["base"], weights, [[padded[0]]])[0]
     assert (a - b[:5, :3]).abs().max() > 1e-3
@@ -121,9 +122,11 @@ def test_neighbours_change_nothing(preset, shapes, copies, seed):
             close(a, b[0][c])
 
 
-def run(manifold, name, x, gradients):
+def run(manifold, name, x, gradients, longer=0.0):
     geometry = sm.Geometry.from_rules({"x": x}, {"x": manifold})
     optimizer = make_optimizer(name, geometry)
+    if longer:
+        optimizer.weights["length.bias"] += longer
     params, state = {"x": x}, optimizer.init({"x": x})
     for g in gradients:
         params, state = optimizer.update({"x": g}, state, params)
@@ -150,8 +153,8 @@ def test_qr_does_not_follow_permutations_of_columns():
     _, params = start({"x": (7, 3)}, {"x": sm.Stiefel()}, 100)
     order = torch.tensor([2, 0, 1])
     gradients = gradients_of((7, 3), 0)
-    moved = run(sm.Stiefel(), "base", params["x"], gradients)
-    permuted = run(sm.Stiefel(), "base", params["x"][:, order], [g[:, order] for g in gradients])
+    moved = run(sm.Stiefel(), "base", params["x"], gradients, longer=5.0)
+    permuted = run(sm.Stiefel(), "base", params["x"][:, order], [g[:, order] for g in gradients], longer=5.0)
     assert (permuted - moved[:, order]).abs().max() > 1e-4
 
 

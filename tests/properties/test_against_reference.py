@@ -70,8 +70,12 @@ def test_equal_shapes_share_a_group(preset):
 
 
 def test_other_settings_of_base():
-    settings = {"momentum_decay": 0.5, "fast_decay": 0.7, "slow_decay": 0.95}
+    settings = {"momentum_decay": 0.5, "fast_decay": 0.7, "slow_decay": 0.95, "settling": 3.0}
     compare({"x": (6, 3)}, {"x": sm.Stiefel()}, "base", BaseAdapter(**settings), **settings)
+
+
+def test_base_without_orthonormal_factor():
+    compare({"x": (6, 3)}, {"x": sm.Stiefel()}, "base", BaseAdapter(spectral=False), spectral=False)
 
 
 @pytest.mark.parametrize("mean_statistics", [False, True])
@@ -94,7 +98,7 @@ def test_zero_gradient():
 
 def test_errors_say_what_is_right():
     x = normal(4, 2)
-    with pytest.raises(ValueError, match=r"preset 'fast' is unknown; there are base, paper"):
+    with pytest.raises(ValueError, match=r"preset 'fast' is unknown; there are base, light, paper"):
         reference_step({}, "fast", sm.Stiefel(), x, x)
     with pytest.raises(ValueError, match=r"one matrix \(d, p\), got shape \(2, 4, 2\)"):
         reference_step({}, "base", sm.Stiefel(), normal(2, 4, 2), normal(2, 4, 2))
