@@ -146,11 +146,12 @@ def _base(
 
     # Statistics of each coordinate: means of R*R, M*M and R*M over its entries, the last two also for the momentum
     # before (its mean square bounded below), and two running means of the first.
-    energy = [sum(a * a for a, _ in line) / len(line) for line in lines(momentum)]
-    momentum_energy = [sum(b * b for _, b in line) / len(line) for line in lines(momentum)]
-    agreement = [sum(a * b for a, b in line) / len(line) for line in lines(momentum)]
-    product = [sum(a * b for a, b in line) / len(line) for line in lines(old_momentum)]
-    before = [sum(b * b + 1e-6 * a * a for a, b in line) / len(line) for line in lines(old_momentum)]
+    after, earlier = lines(momentum), lines(old_momentum)
+    energy = [sum(a * a for a, _ in line) / len(line) for line in after]
+    momentum_energy = [sum(b * b for _, b in line) / len(line) for line in after]
+    agreement = [sum(a * b for a, b in line) / len(line) for line in after]
+    product = [sum(a * b for a, b in line) / len(line) for line in earlier]
+    before = [sum(b * b + 1e-6 * a * a for a, b in line) / len(line) for line in earlier]
     old = [*state.rows, *state.columns]
     fast = [c.fast + weight(fast_decay) * (e - c.fast) for c, e in zip(old, energy, strict=True)]
     slow = [c.slow + weight(slow_decay) * (e - c.slow) for c, e in zip(old, energy, strict=True)]

@@ -69,9 +69,10 @@ def _bounds(tiles, records, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALI
 
 
 @triton.jit
-def _move(target, weight, x, y, inside, OUT_TYPE: tl.constexpr):
-    """Write Y + weight (X - Y) of one tile, rounded to its type."""
+def _move(table, matrices, matrix, row, column, weight, x, y, inside, OUT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Write Y + weight (X - Y) of one tile, rounded to its type, as the third operand."""
     moved = _rounded(y + tl.load(weight) * (x - y), OUT_TYPE)
+    target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
     tl.store(target, moved.to(OUT_TYPE), mask=inside)
 
 
@@ -127,8 +128,7 @@ def cross_tiles(
         # When M' is written decides how many registers it holds beside R and M: last is best where one load brings
         # several entries, first where each has a pointer of its own.
         if not ALIGNED:
-            target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
-            _move(target, weight, x, y, inside, OUT_TYPE)
+            _move(table, matrices, matrix, row, column, weight, x, y, inside, OUT_TYPE, ALIGNED)
         tl.store(row_sums, tl.sum(x * x, axis=1), mask=row_inside)
         tl.store(column_sums, tl.sum(x * x, axis=0), mask=column_inside)
         tl.store(row_sums + plane, tl.sum(y * y, axis=1), mask=row_inside)
@@ -147,8 +147,7 @@ def cross_tiles(
         by_column = product * tl.load(packed, mask=row_inside, other=0.0)[:, None]
     tl.store(column_sums, tl.sum(by_column, axis=0), mask=column_inside)
     if MOMENTS and ALIGNED:
-        target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
-        _move(target, weight, x, y, inside, OUT_TYPE)
+        _move(table, matrices, matrix, row, column, weight, x, y, inside, OUT_TYPE, ALIGNED)
 
 
 @triton.jit

@@ -7,7 +7,8 @@ from subspace_meta.tasks import data, evaluation_suite
 
 def test_no_problem_of_the_evaluation_is_trained_on():
     trained = {family.name for stream in training_streams() for family in stream.families}
-    judged = {task.family.name for task in (*evaluation_suite(), *RUN_PRESETS["release"]().evaluation)}
+    suite = [task for task in evaluation_suite() if task.available]  # without its data a family cannot say its name
+    judged = {task.family.name for task in (*suite, *RUN_PRESETS["release"]().evaluation)}
     both = trained & judged
     assert both <= {"synthetic PCA 64x8"}, both  # drawn at random, on other seeds
 

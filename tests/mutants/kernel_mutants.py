@@ -63,7 +63,7 @@ MUTANTS = (
     mutant("tiles", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits", "truncation"),
     mutant("tiles", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits + 0x8000", "ties away from even"),
     mutant("tiles", "_rounded(y + tl.load(weight) * (x - y), OUT_TYPE)", "_rounded(x + tl.load(weight) * (y - x), OUT_TYPE)", "weight of the other matrix"),
-    mutant("tiles", "_rounded(y + tl.load(weight) * (x - y), OUT_TYPE)", "y + tl.load(weight) * (x - y)", "statistics not of what is stored"),
+    mutant("tiles", "_rounded(y + tl.load(weight) * (x - y), OUT_TYPE)", "y + tl.load(weight) * (x - y)", "written without rounding"),
     mutant("tiles", "tl.store(row_sums + plane, tl.sum(y * y, axis=1), mask=row_inside)", "tl.store(row_sums + plane, tl.sum(x * y, axis=1), mask=row_inside)", "wrong statistic"),
     mutant("tiles", "tl.sum(total, axis=0) * tl.load(factors + segment)", "tl.sum(total, axis=0)", "missing factor"),
     mutant("tiles", "factor += left[:, None] * right[None, :]", "factor = left[:, None] * right[None, :]", "first term dropped"),
@@ -100,7 +100,8 @@ MUTANTS = (
     # CPU
     mutant("native", "for (; j < width; j++) {\n        for (int q", "for (; j + 1 < width; j++) {\n        for (int q", "last column dropped"),
     mutant("native", "for (; i < stop; i++) some(", "for (; i + 1 < stop; i++) some(", "last row dropped"),
-    mutant("native", "y += weight * (x - y);\n                store", "y += weight * (y - x);\n                store", "wrong sign"),
+    mutant("native", "store(moved + q * moved_pitch + j, y + weight * (x - y));", "store(moved + q * moved_pitch + j, y + weight * (y - x));", "wrong sign"),
+    mutant("native", "store(moved + q * moved_pitch + j, y + weight * (x - y));", "y += weight * (x - y);\n                store(moved + q * moved_pitch + j, y);", "statistics of the new momentum"),
     mutant("native", "const Vec product[3] = {x * x, y * y, x * y};", "const Vec product[3] = {x * x, x * y, y * y};", "statistics exchanged"),
     mutant("native", "(float)(all[kind * width + j] / height)", "(float)(all[kind * width + j] / width)", "mean over the other side"),
     mutant("native", "+= sum[q] + rest[kind][q];", "+= sum[q];", "tail of a row dropped"),

@@ -55,7 +55,7 @@ MUTANTS = (
     Mutant("ambient_counter_example", CANONICAL, "return _scale_span(x, v, math.sqrt(0.5))", "return v"),
     Mutant("neumann_truncation", ESTIMATORS, "total = {name: value + to_theta[name] for name, value in total.items()}", "total = {name: to_theta[name] for name in total}"),
     Mutant("pes_unbiased", ESTIMATORS, "accumulated = {name: carry.weights[name] + value for name, value in noise.items()}", "accumulated = noise"),
-    Mutant("segment_recomputation", "subspace_meta/meta/unroll.py", "        cotangent = pytree.tree_unflatten(list(found[len(names) :]), structure)", "        cotangent = pytree.tree_map(torch.zeros_like, trace.carry)"),
+    Mutant("segment_recomputation", "subspace_meta/meta/unroll.py", "        cotangent = pytree.tree_unflatten(passed, structure)", "        cotangent = pytree.tree_map(torch.zeros_like, trace.carry)"),
     Mutant("segment_recomputation_memory", "subspace_meta/meta/unroll.py", "return self.interval or self.block * math.ceil(math.sqrt(steps / self.block))", "return steps"),
     Mutant("retraction_orders", RETRACTIONS, "torch.addcmul(x @ (2.0 * identity - a), scale, v)", "torch.addcmul(x @ (2.0 * identity - a), scale, v) + 0.1 * (v - x @ a) @ a"),
     Mutant("optimizer_memory", BASE, "slow=like.new_zeros(coordinates)", "slow=like.new_zeros(2, coordinates)"),
