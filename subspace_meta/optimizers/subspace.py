@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from subspace_kernels import Layout
@@ -20,6 +20,7 @@ from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
+from subspace_meta.optimizers import guard
 from subspace_meta.optimizers.base import (
     check_start,
     check_weight_dtype,
@@ -44,6 +45,13 @@ def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     check_weight_shapes(weights, adapter.weight_shapes(), f"preset {adapter.name!r}", settings)
 
 
+class GuardedState(NamedTuple):
+    """The state of a guarded optimizer: the adapter's and the guard's."""
+
+    adapter: Any
+    guard: guard.GuardState
+
+
 @dataclass(frozen=True, eq=False)
 class SubspaceOptimizer:
     """A learned optimizer with the common contract.
@@ -53,6 +61,9 @@ class SubspaceOptimizer:
         weights: the meta-parameters, a dict of tensors; ``torch.func.grad`` with respect to them works when the
             optimizer is made inside the differentiated function.
         preset: what the weights belong to: ``"base"``, ``"paper"``, or an adapter with settings of its own.
+        guarded: watch the loss that ``update`` is given: where it rises beyond the noise, learned steps give way to
+            plain gradient steps; a step whose gradient or loss is not finite is not taken. See
+            :mod:`subspace_meta.optimizers.guard`. Costs a few passes over the gradients.
 
     Raises:
         ValueError: the preset is unknown, or the weights are not its meta-parameters.
@@ -61,6 +72,7 @@ class SubspaceOptimizer:
     geometry: Geometry
     weights: Weights
     preset: str | Adapter = "base"
+    guarded: bool = False
 
     def __post_init__(self) -> None:
         if not is_compiling():
@@ -82,13 +94,18 @@ class SubspaceOptimizer:
         """Return the adapter's state at the start."""
         check_start(self.geometry, params)
         check_weight_dtype(self.weights, params)
-        return self.adapter.init(self.layout, self.geometry.gather(params))
+        state = self.adapter.init(self.layout, self.geometry.gather(params))
+        return GuardedState(state, guard.initial(next(iter(params.values())))) if self.guarded else state
 
     def update(
         self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], value: Tensor | None = None
     ) -> tuple[Params, Any]:
-        """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
-        moved, state = self._step(grads, state, params, in_place=False)
+        """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`.
+
+        Raises:
+            ValueError: names or shapes do not fit the geometry; or the optimizer is guarded, and ``value`` is missing.
+        """
+        moved, state = self._step(grads, state, params, value, in_place=False)
         return self.geometry.scatter(moved), state
 
     @torch.no_grad()
@@ -101,18 +118,31 @@ class SubspaceOptimizer:
         they are. Nothing is differentiated through it.
 
         Raises:
-            ValueError: a parameter has no memory of its own to be written (under a transform or in a trace).
+            ValueError: as of :meth:`update`; or a parameter has no memory of its own to be written (under a transform
+                or in a trace).
         """
         if not has_values(*params.values(), *grads.values()):
             raise ValueError("update_ writes into the parameters; under a transform or in a trace use update")
-        moved, state = self._step(grads, state, params, in_place=True)
+        moved, state = self._step(grads, state, params, value, in_place=True)
         for name, tensor in self.geometry.scatter(moved).items():
             params[name].copy_(tensor)
         return state
 
     def _step(
-        self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], in_place: bool
+        self,
+        grads: Mapping[str, Tensor],
+        state: Any,
+        params: Mapping[str, Tensor],
+        value: Tensor | None,
+        in_place: bool,
     ) -> tuple[list[Tensor], Any]:
+        watched = finite = None
+        if self.guarded:
+            if value is None:
+                raise ValueError("guarded=True watches the loss: give it, update(grads, state, params, value=loss)")
+            finite = guard.finite_runs(value, grads)
+            grads = guard.without_spoiled(grads, finite)
+            watched, state = guard.watch(state.guard, value, finite), state.adapter
         groups = self.geometry.groups
         points, gradients = gather_gradients(self.geometry, params, grads)
         seen_gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]
@@ -120,8 +150,16 @@ class SubspaceOptimizer:
         if buffers:
             seen = [g.manifold.coordinates(x, m) for g, x, m in zip(groups, points, buffers, strict=True)]
             state = self.adapter.with_buffers(state, seen)
-        out = _own_buffers(seen_gradients, (*grads.values(), *params.values())) if in_place else None
+        out = None
+        if in_place and watched is None:  # the guard needs the gradients afterwards
+            out = _own_buffers(seen_gradients, (*grads.values(), *params.values()))
         directions, factors, state = self.adapter(self.weights, state, self.layout, seen_gradients, in_place, out)
+        if watched is not None:
+            directions = [
+                guard.blend(watched, finite, r, u, factor, len(group.members[0].matrix_shape) - finite.ndim)
+                for group, r, u, factor in zip(groups, seen_gradients, directions, factors, strict=True)
+            ]
+            factors = [1.0] * len(directions)
         # Projection and coordinates are linear: the factor comes last, where the tangent is in the cache.
         tangents = [
             factor * g.manifold.project(x, g.manifold.from_coordinates(x, u))
@@ -135,7 +173,7 @@ class SubspaceOptimizer:
                 for g, x, y, m in zip(groups, points, moved, buffers, strict=True)
             ]
             state = self.adapter.with_buffers(state, carried)
-        return moved, state
+        return moved, state if watched is None else GuardedState(state, watched)
 
 
 def _own_buffers(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
