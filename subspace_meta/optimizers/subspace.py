@@ -136,7 +136,7 @@ class SubspaceOptimizer:
         value: Tensor | None,
         in_place: bool,
     ) -> tuple[list[Tensor], Any]:
-        watched = finite = None
+        watched = None
         if self.guarded:
             if value is None:
                 raise ValueError("guarded=True watches the loss: give it, update(grads, state, params, value=loss)")
@@ -156,7 +156,7 @@ class SubspaceOptimizer:
         directions, factors, state = self.adapter(self.weights, state, self.layout, seen_gradients, in_place, out)
         if watched is not None:
             directions = [
-                guard.blend(watched, finite, r, u, factor, len(group.members[0].matrix_shape) - finite.ndim)
+                guard.blend(watched, r, u, factor, len(group.members[0].matrix_shape) - watched.trust.ndim)
                 for group, r, u, factor in zip(groups, seen_gradients, directions, factors, strict=True)
             ]
             factors = [1.0] * len(directions)
