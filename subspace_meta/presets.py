@@ -91,14 +91,7 @@ def release() -> RunPreset:
     Judged on four problems here; the whole judgement is ``subspace-meta evaluate``.
     """
     train = TrainSettings(
-        training_streams(),
-        outer_steps=11000,
-        segment=20,
-        longest=160,
-        horizon=(40, 1000),
-        restart=7000,
-        warmup=50,
-        clip=0.2,
+        training_streams(), outer_steps=11000, segment=20, longest=160, horizon=(40, 1000), restart=7000, warmup=50
     )
     return RunPreset("how the shipped weights were made; hours", train, quick().evaluation)
 

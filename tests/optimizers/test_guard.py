@@ -13,12 +13,17 @@ F64 = torch.float64
 
 def leading_subspace(batch: int = 0):
     """Return a geometry, a start and a loss: -tr(X^T A X) + b^2, of one run or of a batch of runs."""
-    like = {"x": torch.empty(8, 2), "b": torch.empty(3)}
+    like = {"x": torch.empty(8, 2), "b": torch.empty(3), "scalar": torch.empty(())}
     geometry = sm.Geometry.from_rules(like, {"x": sm.Grassmann()})
     diagonal = torch.arange(8, 0, -1, dtype=F64)
 
     def loss(params):
-        return 15.0 - (params["x"].square() * diagonal[:, None]).sum() + params["b"].square().sum()
+        return (
+            15.0
+            - (params["x"].square() * diagonal[:, None]).sum()
+            + params["b"].square().sum()
+            + params["scalar"].square()
+        )
 
     if not batch:
         return geometry, geometry.initialize(torch.Generator().manual_seed(0), F64), loss
@@ -66,7 +71,10 @@ def test_it_saves_a_run_from_an_adapter_that_climbs():
             params, state = o.update(grads, state, params, value)
             losses.append(float(value))
         ends[guarded] = params, losses
-    subspace = {guarded: 15.0 - float(loss({**params, "b": torch.zeros(1)})) for guarded, (params, _) in ends.items()}
+    zero = torch.zeros(())
+    subspace = {
+        guarded: 15.0 - float(loss({**params, "b": zero, "scalar": zero})) for guarded, (params, _) in ends.items()
+    }
     assert subspace[False] < 5.0, "without the guard this adapter must climb, or the test shows nothing"
     assert subspace[True] > 14.9, "eigenvalues 8 and 7 are the largest: 15 is the best"
     # The vector has no bound: it is stopped, and on its way back.
