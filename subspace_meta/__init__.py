@@ -4,6 +4,7 @@ One small network adapts the rows and the columns of every Riemannian gradient, 
 those listed here; see the README for a first example.
 """
 
+from subspace_meta import optim as optim
 from subspace_meta._version import __version__
 from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights
 from subspace_meta.geometry import Geometry, MatrixView, Rule

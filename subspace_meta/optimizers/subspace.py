@@ -22,6 +22,7 @@ from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers import guard
 from subspace_meta.optimizers.base import (
+    check_rate,
     check_start,
     check_weight_dtype,
     check_weight_shapes,
@@ -64,18 +65,21 @@ class SubspaceOptimizer:
         guarded: watch the loss that ``update`` is given: where it rises beyond the noise, learned steps give way to
             plain gradient steps; a step whose gradient or loss is not finite is not taken. See
             :mod:`subspace_meta.optimizers.guard`. Costs a few passes over the gradients.
+        lr: multiplies the learned step, for schedules; a float or a scalar tensor. 1 is what was learned.
 
     Raises:
-        ValueError: the preset is unknown, or the weights are not its meta-parameters.
+        ValueError: the preset is unknown, the weights are not its meta-parameters, or the rate is out of its range.
     """
 
     geometry: Geometry
     weights: Weights
     preset: str | Adapter = "base"
     guarded: bool = False
+    lr: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         if not is_compiling():
+            check_rate(self.lr)
             if isinstance(self.preset, str) and self.preset not in PRESETS:
                 raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
             check_weights(self.adapter, self.weights)
@@ -154,6 +158,8 @@ class SubspaceOptimizer:
         if in_place and watched is None:  # the guard needs the gradients afterwards
             out = _own_buffers(seen_gradients, (*grads.values(), *params.values()))
         directions, factors, state = self.adapter(self.weights, state, self.layout, seen_gradients, in_place, out)
+        if isinstance(self.lr, Tensor) or self.lr != 1.0:
+            factors = [self.lr * factor for factor in factors]
         if watched is not None:
             directions = [
                 guard.blend(watched, r, u, factor, len(group.members[0].matrix_shape) - watched.trust.ndim)
