@@ -67,7 +67,7 @@ def without_spoiled(grads: Mapping[str, Tensor], finite: Tensor) -> dict[str, Te
 
 
 def _per_run(x: Tensor, dims: int) -> Tensor:
-    return x.reshape(*x.shape, *(1,) * dims)
+    return x.reshape((*x.shape, *(1,) * dims))
 
 
 def watch(state: GuardState, value: Tensor, finite: Tensor) -> GuardState:
