@@ -307,7 +307,7 @@ class Riemannian(torch.optim.Optimizer):
             yield own, {n: p.detach() for n, p in zip(group["names"], group["params"], strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of state and settings for ``torch.save``, tensors in plain Python; see :meth:`load_state_dict`."""
+        """Return copies of state and settings, tensors in plain Python: for ``torch.save``."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         settings = [
