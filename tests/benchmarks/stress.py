@@ -1,6 +1,6 @@
 """Far outside of what the shipped weights were trained on: longer, larger, on other manifolds, beside RSGD at 1e-2.
 
-``python tests/benchmarks/stress.py`` draws 100 problems with 10 seeds each, a third of them run for 10,000 steps (ten
+``python tests/benchmarks/stress.py`` draws 50 problems with 20 seeds each, a third of them run for 10,000 steps (ten
 times the longest horizon of meta-training), a third with 1024 rows (eight times the largest size; 80 on SPD), a third
 on manifolds that were never trained on (Oblique, Stiefel with the canonical metric). Nothing is tuned. A run counts as
 better if its loss ends lower, or if both have reached the last digits. Exit code 1 if a value is not finite.
@@ -71,8 +71,8 @@ def draw(kind: str, generator: torch.Generator) -> TaskFamily:
 def main() -> int:
     """Print one line a problem and a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--problems", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--problems", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--weights", help="a file; the shipped ones unless given")
     parser.add_argument("--guarded", action="store_true")
     arguments = parser.parse_args()
