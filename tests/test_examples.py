@@ -23,7 +23,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_the_example_of_the_readme() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    code, as_torch_optimizer = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.S)
     torch.manual_seed(0)
     names: dict = {}
     exec(code, names)
@@ -31,6 +31,30 @@ def test_the_example_of_the_readme() -> None:
     # Variances 1/k: the six leading directions are the first six coordinates.
     captured = names["params"]["basis"][:6].square().sum()
     assert captured > 0.9 * 6
+
+    model = torch.nn.Sequential()
+    model.add_module("block", torch.nn.Sequential())
+    model.block.add_module("conv1", torch.nn.Conv2d(1, 6, 3))
+    model.add_module("head", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6 * 36, 3)))
+    images = torch.randn(60, 1, 8, 8)
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    loader = [(images, labels)] * 30
+    before = torch.nn.functional.cross_entropy(model(images), labels).item()
+    with pytest.warns(sm.optim.ProjectionWarning, match=r"block\.conv1\.weight"):
+        exec(as_torch_optimizer, {"model": model, "loader": loader, **names})
+    assert torch.nn.functional.cross_entropy(model(images), labels).item() < before
+    kernel = model.block.conv1.weight.detach().reshape(6, 9)
+    torch.testing.assert_close(kernel @ kernel.T, torch.eye(6), rtol=0, atol=1e-5)
+
+
+def test_the_example_of_the_torch_optimizer() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torch_optim.md").read_text("utf-8"), flags=re.S)
+    torch.manual_seed(0)
+    names: dict = {}
+    with pytest.warns(sm.optim.ProjectionWarning, match=r"0\.weight"):
+        exec(code, names)
+    assert max(names["optimizer"].check().values()) < 1e-5
+    assert len(names["schedule"].base_lrs) == 2
 
 
 def test_the_example_of_the_meta_gradients() -> None:

@@ -25,7 +25,7 @@ from subspace_meta.tasks.pca import SyntheticPCA
 from subspace_meta.tasks.planted import PlantedClassification, PlantedLeastSquares
 
 LAST_DIGITS = math.log(FLOOR)
-STEPS = {"10,000 steps": 10000, "1024 rows": 300, "unseen manifold": 400}
+STEPS = {"10,000 steps": 10000, "1024 rows": 100, "unseen manifold": 400}
 
 
 def draw(kind: str, generator: torch.Generator) -> TaskFamily:
@@ -74,6 +74,7 @@ def main() -> int:
     parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--weights", help="a file; the shipped ones unless given")
+    parser.add_argument("--kind", choices=STEPS, help="only these")
     parser.add_argument("--guarded", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,6 +87,8 @@ def main() -> int:
     for index in range(arguments.problems):
         kind = tuple(STEPS)[index % len(STEPS)]
         family = draw(kind, generator)
+        if arguments.kind not in (None, kind):
+            continue
         ends, steps = [], STEPS[kind]
         for make in (learned, plain):
             curves = run_untuned(EvaluationTask(family.name, family, 4_000_000 + index), make, arguments.seeds, steps)
