@@ -45,6 +45,7 @@ except ImportError as error:  # the library itself does not need them
 
 from subspace_meta.adapter import features
 from subspace_meta.adapter.base import BaseAdapter
+from subspace_meta.benchmarks import memory
 from subspace_meta.benchmarks.geometry import bench_geometry
 from subspace_meta.benchmarks.meta import bench_meta
 from subspace_meta.benchmarks.predecessor import bench_predecessor
@@ -517,6 +518,52 @@ def make_archive(
         bar = progress.add_task("tuning", total=len(todo), note="")
         for task, baseline, _ in archive.regenerate(todo, jobs, folder):
             progress.update(bar, advance=1, note=f"{task.row[:30]}: {baseline.name}")
+
+
+@app.command("memory")
+def memory_command(
+    model: Annotated[str, typer.Option(help=f"{', '.join(memory.MODELS)}.")] = "resnet50",
+    layers: Annotated[bool, typer.Option("--layers", help="Also the state of every layer.")] = False,
+    measure: Annotated[
+        bool, typer.Option(" /--no-measure", help="Only count; do not run three steps of each.", show_default=False)
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with the layers.")] = False,
+) -> None:
+    """What optimizers remember about a model's matrices: meta-parameters, state, measured peak. Under a minute."""
+    try:
+        records = memory.memory(model, measure)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    others = memory.others(model)
+    if as_json:
+        described = {"model": model, "other_parameters": others, "records": records}
+        typer.echo(json.dumps({"environment": environment(), **described}))
+        return
+    header = ["optimizer", "matrices", "meta-parameters", "their bytes", "state, bytes", "measured peak, bytes"]
+    rows = [
+        [
+            r["optimizer"],
+            str(r["matrices"]),
+            f"{r['meta_parameters']:,}",
+            f"{4 * r['meta_parameters']:,}",
+            f"{r['state_bytes']:,}",
+            "" if r["peak_bytes"] is None else f"{r['peak_bytes']:,}",
+        ]
+        for r in records
+    ]
+    _print_table(f"{model}, float32", header, rows, header[:1], WIDE)
+    typer.echo(
+        f"The other {others:,} parameters (biases, normalisations, head) are Euclidean: {8 * others:,} bytes of AdamW "
+        "state. The matrix LSTM constrains the matrices with out <= in only."
+    )
+    if layers:
+        columns = ["matrix", *(r["optimizer"] for r in records if r["matrices"] == records[0]["matrices"])]
+        shown = [r["layers"] for r in records if r["matrices"] == records[0]["matrices"]]
+        lines = [
+            [f"{parts[0]['d']} x {parts[0]['p']}", *(f"{part['state_bytes']:,}" for part in parts)]
+            for parts in zip(*shown, strict=True)
+        ]
+        _print_table("state of each layer, bytes", columns, lines, (), WIDE)
 
 
 @app.command("weights")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import subspace_meta as sm
 from subspace_meta import cli
+from subspace_meta.benchmarks import memory
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -170,6 +171,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
     ("arguments", "parts"),
     [
         (("train", "--presett", "quick"), ("No such option: --presett", "--preset")),
+        (("memory", "--model", "vgg"), ("unknown", "resnet50, transformer")),
         (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, release, smoke")),
         (("train", "--optimizer", "adam"), ("unknown optimizer preset 'adam'", "base, light, paper")),
         (("train", "--outer-steps", "0"), ("--outer-steps", "greater than or equal to 1")),
@@ -219,9 +221,34 @@ def test_json_has_no_numbers_that_json_does_not_have() -> None:
     assert cli.finite_or_null(content) == {"a": [1.0, None, [None, 2]], "b": "nan", "c": None}
 
 
+def test_memory_of_resnet50(tmp_path: Path) -> None:
+    done = run("memory", "--no-measure", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    records = {record["optimizer"]: record for record in found["records"]}
+    # arXiv 2501.15235: the predecessor's networks for the 33 constrained layers, and the method's own.
+    assert records["matrix LSTM, one network a matrix"]["meta_parameters"] == 20_037_352_979
+    assert records["matrix LSTM, one network a matrix"]["matrices"] == 33
+    assert records["Subspace paper"]["meta_parameters"] == 5242
+    assert records["Subspace light"]["state_bytes"] <= 15_000_000
+    assert records["RAdam"]["state_bytes"] == pytest.approx(4 * 23_454_912, rel=1e-3)
+    light = records["Subspace light"]
+    assert len(light["layers"]) == light["matrices"] == 53
+    assert sum(layer["state_bytes"] for layer in light["layers"]) == pytest.approx(light["state_bytes"], rel=1e-3)
+    # 25,557,032 parameters in all, as published for ResNet-50.
+    assert found["other_parameters"] + 23_454_912 == 25_557_032
+
+
+def test_measured_memory_holds_the_state() -> None:
+    shapes = [(1024, 512)] * 4
+    for name in ("RAdam", "Adam"):
+        peak = memory.measured_peak(name, shapes)
+        assert peak is None or peak >= memory.state_bytes("RAdam", shapes) * (2 if name == "Adam" else 1) * 0.9
+
+
 def test_version_and_help(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout.strip() == sm.__version__
-    for command in ((), ("train",), ("evaluate",), ("archive",), ("weights",), ("bench", "step")):
+    for command in ((), ("train",), ("evaluate",), ("archive",), ("weights",), ("memory",), ("bench", "step")):
         done = run(*command, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert "Usage" in done.stdout
