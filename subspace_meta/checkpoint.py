@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,41 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, nothing was changed", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def keep_previous(path: Path, previous: Path) -> None:
+    """Give the content of ``path`` a second name, in the place of an older one, before ``path`` is written again."""
+    if not path.exists():
+        return
+    linked = previous.with_name(f".{previous.name}.{os.getpid()}.part")
+    linked.unlink(missing_ok=True)
+    try:
+        os.link(path, linked)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, linked)
+    os.replace(linked, previous)
+
+
+def _digest(tensors: Mapping[str, Tensor], content: str) -> str:
+    """Return SHA-256 over the description and all numbers."""
+    digest = hashlib.sha256(content.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
     """Write tensors and a JSON description of ``kind`` in one file."""
-    metadata = {"format": FORMAT, "kind": kind, "version": __version__, "content": json.dumps(content)}
     contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    text = json.dumps(content)
+    metadata = {"format": FORMAT, "kind": kind, "version": __version__, "content": text}
+    metadata["sha256"] = _digest(contiguous, text)
     write_atomically(path, save(contiguous, metadata))
 
 
@@ -50,7 +79,7 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     """Read what :func:`save_tensors` wrote.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated or damaged, or it holds something else.
+        CheckpointError: there is no such file, it is truncated, its checksum is wrong, or it holds something else.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -64,6 +93,9 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise CheckpointError(
             f"{path}: holds {metadata.get('kind', 'something else')!r}, not {kind!r} written by subspace-meta"
         )
+    # The first released weights have no checksum.
+    if metadata.get("sha256", "" if kind != "weights" else None) not in (None, _digest(tensors, metadata["content"])):
+        raise CheckpointError(f"{path}: damaged, its content does not have the checksum that was written with it")
     return tensors, json.loads(metadata["content"])
 
 

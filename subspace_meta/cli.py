@@ -26,7 +26,7 @@ import torch
 from subspace_kernels import native
 
 from subspace_meta._version import __version__
-from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights, write_atomically
+from subspace_meta.checkpoint import CheckpointError, keep_previous, load_weights, save_weights, write_atomically
 
 try:
     import typer
@@ -73,7 +73,7 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 CHECKPOINT = "checkpoint.safetensors"
-CHECKPOINT_SECONDS = 30.0
+PREVIOUS = "checkpoint.previous.safetensors"
 WIDE = 200  # columns that tables of the suite need not to wrap
 
 
@@ -197,6 +197,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run called --name, with the settings that it has.")
     ] = False,
+    previous: Annotated[
+        bool, typer.Option("--previous", help="With --resume: from the checkpoint before the last one.")
+    ] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.", min=0.0)] = 30.0,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile the inner loops.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -209,6 +213,8 @@ def train(
     torch.set_num_threads(threads)
     if resume and not name:
         raise UsageError("--resume needs --name, the run to go on with")
+    if previous and not resume:
+        raise UsageError("--previous goes with --resume")
     folder = runs / (name or f"{preset or 'quick'}-{time.strftime('%Y%m%d-%H%M%S')}")
     given = {
         "run_preset": preset,
@@ -219,7 +225,7 @@ def train(
     }
     if resume:
         config = _config_to_resume(folder, given)
-    elif folder.exists():
+    elif folder.exists() and (not folder.is_dir() or any(not p.name.endswith(".part") for p in folder.iterdir())):
         raise UsageError(f"{folder} exists; choose another --name, or add --resume to go on with it")
     else:
         defaults = {"run_preset": "quick", "preset": "base", "seed": 0, "outer_steps": None, "eager": False}
@@ -243,14 +249,19 @@ def train(
         _print_costs(trainer, as_json)
         return
     records: list[dict[str, Any]] = []
-    if resume:
-        trainer.load(folder / CHECKPOINT)
+    checkpoint = folder / (PREVIOUS if previous else CHECKPOINT)
+    if resume and (checkpoint.exists() or previous):  # without one the run was stopped before its first
+        try:
+            trainer.load(checkpoint)
+        except CheckpointError as error:
+            other = "" if previous or not (folder / PREVIOUS).exists() else "; --previous takes the one before it"
+            raise CheckpointError(f"{error}{other}") from error
         records = _read_records(folder / "metrics.jsonl")[: trainer.outer_step]
     folder.mkdir(parents=True, exist_ok=True)
     config = {"run_preset": preset, "eager": eager, **trainer.describe(), "environment": environment()}
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     began = time.perf_counter()
-    _train(trainer, records, folder, quiet)
+    _train(trainer, records, folder, quiet, checkpoint_seconds)
     trained_for = time.perf_counter() - began
     adapter = PRESETS[optimizer]
     notes = {
@@ -302,7 +313,7 @@ def _print_costs(trainer: Trainer, as_json: bool) -> None:
 
 def _config_to_resume(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a stopped run; options that were given again must say the same."""
-    if not (folder / CHECKPOINT).is_file() or not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: no checkpoint to go on from; start the run without --resume")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     for key, value in given.items():
@@ -315,12 +326,13 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet: bool) -> None:
-    """Run the outer loop with a progress bar, a log, and a checkpoint every half minute and on Ctrl-C."""
+def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet: bool, seconds: float) -> None:
+    """Run the outer loop with a progress bar, a log, and a checkpoint every so many seconds and on Ctrl-C."""
 
     def save() -> None:
         # The log first: a crash in between leaves a log that is longer than the checkpoint, which resuming cuts.
         write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+        keep_previous(folder / CHECKPOINT, folder / PREVIOUS)
         trainer.save(folder / CHECKPOINT)
 
     saved = time.perf_counter()
@@ -336,7 +348,7 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
             if interrupted():
                 save()
                 raise KeyboardInterrupt
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            if time.perf_counter() - saved > seconds:
                 save()
                 saved = time.perf_counter()
     save()
