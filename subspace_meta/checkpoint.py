@@ -38,7 +38,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}, nothing was changed", str(path)) from error
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"{reason}; nothing was changed", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
