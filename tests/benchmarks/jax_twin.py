@@ -21,6 +21,7 @@ from jax import lax
 TINY, FLOOR = 1e-30, 1e-6
 MOMENTUM, FAST, SLOW = 0.9, 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
+OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0)
 
 
 def project(x: Any, v: Any) -> Any:
@@ -59,24 +60,52 @@ def energies(a: Any, b: Any) -> Any:
     return jnp.concatenate([product.mean(axis=1), product.mean(axis=0)])
 
 
+def orthonormal_mix(direction: Any, squares: Any, share: Any) -> tuple[Any, Any]:
+    """Mix a tall direction with its orthonormal factor (five quintic Newton-Schulz steps on the Gram matrix)."""
+    p = direction.shape[1]
+    eye = jnp.eye(p, dtype=direction.dtype)
+    scale = 1.0 / jnp.sqrt(squares * p + TINY)
+    gram = power = direction.T @ direction * scale * scale
+    factor = eye
+    for iteration in range(5):
+        polynomial = 3.4445 * eye + power @ (-4.7750 * eye + 2.0315 * power)
+        factor = factor @ polynomial
+        if iteration < 4:
+            power = polynomial @ power @ polynomial
+
+    def column_squares(polynomial: Any) -> Any:
+        return (gram * (polynomial @ polynomial)).sum() / p
+
+    factor = factor / jnp.sqrt(column_squares(factor) + 1e-12)
+    mixed = (1.0 - share) * p**0.5 * eye + share * factor
+    return direction @ (scale * mixed), column_squares(mixed)
+
+
 def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     """Turn the Riemannian gradient into an update; the formulas of preset ``base`` for one matrix."""
-    t, m, fast, slow, peak, hidden, cell = state
+    t, m, fast, slow, peak, rate, turn, along, hidden, cell = state
     d, p = r.shape
-    t = t + 1
+    settled, t = t, t + 1
+    energy, product, before = energies(r, r), energies(r, m), energies(m, m) + FLOOR * energies(r, r)
     m = average(MOMENTUM, t, m, r)
-    energy, momentum_energy, agreement = energies(r, r), energies(m, m), energies(r, m)
+    momentum_energy, agreement = energies(m, m), energies(r, m)
     fast, slow = average(FAST, t, fast, energy), average(SLOW, t, slow, energy)
-    means = [values[:d].mean() for values in (energy, fast, slow, momentum_energy, agreement)]
+    means = [values[:d].mean() for values in (energy, fast, slow, momentum_energy, agreement, product, before)]
     peak = jnp.maximum(peak, means[1])
+    last_turn, turn = turn, cosine(means[5], means[0], means[6])
+    small = 1e-3 * jnp.sqrt(means[0] + TINY) * jnp.sqrt(means[3] + TINY)
+    bend = (means[5] - along) / (jnp.abs(means[5]) + jnp.abs(along) + small)
     context = jnp.stack(
         [
             log_ratio(means[3], means[1]),
             log_ratio(means[1], means[2]),
             log_ratio(means[0], means[1]),
             log_ratio(means[1], peak),
-            cosine(means[4], means[0], means[3]),
             *(jnp.tanh(t / scale - 1.0) for scale in (10.0, 100.0, 1000.0)),
+            turn,
+            last_turn,
+            bend,
+            0.25 * rate,
         ]
     )
     relative = jnp.stack(
@@ -85,7 +114,7 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     features = jnp.concatenate(
         [
             relative,
-            cosine(agreement, energy, momentum_energy)[None],
+            cosine(product, energy, before)[None],
             jnp.broadcast_to(context[:, None], (len(context), d + p)),
             jnp.concatenate([jnp.ones(d, r.dtype), -jnp.ones(p, r.dtype)])[None],
         ]
@@ -94,16 +123,20 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     enter, forget, candidate, leave = jnp.split(gates, 4)
     cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
     hidden = jax.nn.sigmoid(leave) * jnp.tanh(cell)
-    rows = theta["head.weight"][:3] @ hidden[:, :d] + theta["head.bias"][:3]
-    columns = theta["head.weight"][3:] @ hidden[:, d:] + theta["head.bias"][3:]
+    rows = theta["head.weight"][:OUTPUTS] @ hidden[:, :d] + theta["head.bias"][:OUTPUTS]
+    columns = theta["head.weight"][OUTPUTS:] @ hidden[:, d:] + theta["head.bias"][OUTPUTS:]
     row_scale = jnp.exp(rows[0] + theta["scale.skip"][0] @ relative[:, :d])
     column_scale = jnp.exp(columns[0] + theta["scale.skip"][1] @ relative[:, d:])
     pooled = rows[1:].mean(axis=1) + columns[1:].mean(axis=1)
-    length = jax.nn.sigmoid(theta["length.bias"] + context @ theta["length.skip"] + pooled[0])
+    change = jnp.tanh(context @ theta["rate.skip"] + pooled[2]) * (RATE / (1.0 + settled / SETTLING))
+    rate = jnp.clip(rate + change, *RATE_BOUNDS)
+    length = LONGEST * jax.nn.sigmoid(theta["length.bias"] + context @ theta["length.skip"] + pooled[0] + rate)
     mix = jax.nn.sigmoid(theta["mix.bias"] + pooled[1])
     direction = row_scale[:, None] * (r + mix * (m - r)) * column_scale[None]
-    update = -length / jnp.sqrt((direction**2).mean() + TINY) / d**0.5 * direction
-    return update, (t, m, fast, slow, peak, hidden, cell)
+    share = jax.nn.sigmoid(theta["spectral.bias"] + pooled[3])
+    direction, squares = orthonormal_mix(direction, (direction**2).sum() / p, share)
+    update = -length / jnp.sqrt(squares + TINY) * direction
+    return update, (t, m, fast, slow, peak, rate, turn, means[4], hidden, cell)
 
 
 def loss(x: Any, z: Any) -> Any:
@@ -126,6 +159,9 @@ def start(x: Any, hidden: int) -> Any:
         zeros((d, p)),
         zeros(d + p),
         zeros(d + p),
+        zeros(()),
+        zeros(()),
+        zeros(()),
         zeros(()),
         zeros((hidden, d + p)),
         zeros((hidden, d + p)),
