@@ -1,5 +1,7 @@
 """The safeguard: it leaves a calm run alone, takes no spoiled step, and saves a run from an adapter that climbs."""
 
+import math
+
 import pytest
 import torch
 from making import lively_weights, normal
@@ -80,6 +82,36 @@ def test_it_saves_a_run_from_an_adapter_that_climbs():
     # The vector has no bound: it is stopped, and on its way back.
     losses = ends[True][1]
     assert losses[-1] < losses[300] < losses[20] < 1e-3 * ends[False][1][-1]
+
+
+def watched(losses):
+    """Return the logarithms of the trust along a series of losses."""
+    state, trust = guard.initial(torch.zeros(1, dtype=torch.float64)), []
+    for loss in losses:
+        state = guard.watch(state, torch.as_tensor(loss, dtype=torch.float64), torch.tensor(True))
+        trust.append(float(state.trust))
+    return trust
+
+
+def falling(steps):
+    """Return noisy losses that fall from 100 to 1: no alarm, and far below the start."""
+    return [1 + 99 * math.exp(-t / 50) + 0.1 * (-1) ** t for t in range(steps)]
+
+
+def test_a_spike_is_seen_at_once_and_the_noise_is_not():
+    losses = [*falling(1000), 2.5, 1.1]
+    trust = watched(losses)
+    assert trust[900:1000] == [0.0] * 100
+    # Far too short for the running means to rise beyond the noise: it is the spike that is seen.
+    assert trust[1000] == -guard.DISTRUST
+    assert trust[1001] > trust[1000]
+
+
+def test_a_slow_rise_is_seen_long_before_the_start_is_reached():
+    climb = [1 + 0.004 * t + 0.1 * (-1) ** t for t in range(400)]
+    trust = watched([*falling(1000), *climb])
+    assert trust[999] == 0.0
+    assert min(trust[1000:]) < -3 * guard.DISTRUST
 
 
 def test_trust_comes_back_after_a_spike():
