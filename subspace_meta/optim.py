@@ -246,7 +246,7 @@ class Riemannian(torch.optim.Optimizer):
             self._others.step()
         return returned
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
     def _prepare(self) -> list[tuple[_Cohort, dict[str, Tensor], dict[str, Tensor | None]]]:
         """Look at the gradients, start the state of parameters that have their first, and return what is to be done.
 

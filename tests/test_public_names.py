@@ -74,6 +74,7 @@ def test_imports_go_one_way():
         {"manifolds"},
         {"geometry", "adapter"},
         {"optimizers", "checkpoint", "weights", "reference"},
+        {"optim"},
         {"tasks", "meta"},
         {"evaluation", "presets", "benchmarks", "cli"},
     ]

@@ -46,7 +46,9 @@ def shell(name, params, rules=RULES, **settings):
     if name == "base":
         settings.setdefault("weights", lively_weights())
         return SubspaceMeta(params, rules, **settings)
-    return Riemannian(params, rules, partial(named, name), settings.pop("lr", 1e-2), **settings)
+    return Riemannian(
+        params, rules, partial(named, name), settings.pop("lr", 1.0 if name == "paper" else 1e-2), **settings
+    )
 
 
 def loss_of(model, share=slice(None)):
