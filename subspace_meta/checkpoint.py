@@ -63,7 +63,7 @@ def _digest(tensors: Mapping[str, Tensor], content: str) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -94,8 +94,9 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise CheckpointError(
             f"{path}: holds {metadata.get('kind', 'something else')!r}, not {kind!r} written by subspace-meta"
         )
-    # The first released weights have no checksum.
-    if metadata.get("sha256", "" if kind != "weights" else None) not in (None, _digest(tensors, metadata["content"])):
+    checksum = metadata.get("sha256")
+    unsigned = checksum is None and kind == "weights"  # the first released ones
+    if not unsigned and checksum != _digest(tensors, metadata["content"]):
         raise CheckpointError(f"{path}: damaged, its content does not have the checksum that was written with it")
     return tensors, json.loads(metadata["content"])
 

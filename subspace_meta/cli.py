@@ -546,7 +546,7 @@ def memory_command(
         records = memory.memory(model, measure)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    others = memory.others(model)
+    others = memory.MODELS[model].others
     if as_json:
         described = {"model": model, "other_parameters": others, "records": records}
         typer.echo(json.dumps({"environment": environment(), **described}))

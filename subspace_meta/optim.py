@@ -255,8 +255,7 @@ class Riemannian(torch.optim.Optimizer):
         if self._check:
             self._refuse_bad_gradients()
         todo = []
-        for own, group in zip(self._groups, self.param_groups, strict=False):
-            named = dict(zip(group["names"], group["params"], strict=True))
+        for own, group, named in self._own():
             seen = {name for cohort in own.cohorts for name in cohort.optimizer.geometry.names}
             fresh: dict[tuple[torch.device, torch.dtype], list[str]] = {}
             for name, p in named.items():
@@ -275,19 +274,11 @@ class Riemannian(torch.optim.Optimizer):
         return todo
 
     def _refuse_bad_gradients(self) -> None:
-        gradients = {
-            name: p.grad
-            for own, group in zip(self._groups, self.param_groups, strict=False)
-            for name, p in zip(group["names"], group["params"], strict=True)
-            if p.grad is not None
-        }
+        gradients = {name: p.grad for *_, named in self._own() for name, p in named.items() if p.grad is not None}
         for name, gradient in gradients.items():
             if gradient.is_sparse:
                 raise ValueError(f"the gradient of {name!r} is sparse; a parameter on a manifold needs a dense one")
-        # One look at the values for all: the sum of 0 * x is 0, or NaN where an x is not finite.
-        spoiled = sum(((0 * gradient).sum().double().cpu() for gradient in gradients.values()), torch.zeros(()))
-        if spoiled != 0:
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        if bad := [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]:
             raise ValueError(f"the gradients of {', '.join(map(repr, bad))} are not finite; nothing was changed")
 
     def check(self, tolerance: float = 1e-3) -> dict[str, float]:
@@ -297,14 +288,16 @@ class Riemannian(torch.optim.Optimizer):
             ValueError: one is above ``tolerance`` or not finite.
         """
         found: dict[str, float] = {}
-        for own, params in self._own_parameters():
+        for own, _, named in self._own():
+            params = _detached(named)
             own.geometry.check_feasible(params, tolerance)
             found.update(own.geometry.violation(params))
         return found
 
-    def _own_parameters(self) -> Iterator[tuple[_Group, dict[str, Tensor]]]:
+    def _own(self) -> Iterator[tuple[_Group, dict[str, Any], dict[str, Parameter]]]:
+        """Yield this optimizer's groups, the first ones of ``param_groups``, with their parameters by name."""
         for own, group in zip(self._groups, self.param_groups, strict=False):
-            yield own, {n: p.detach() for n, p in zip(group["names"], group["params"], strict=True)}
+            yield own, group, dict(zip(group["names"], group["params"], strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of state and settings, tensors in plain Python: for ``torch.save``."""
@@ -314,16 +307,7 @@ class Riemannian(torch.optim.Optimizer):
             {key: _cloned(value) for key, value in group.items() if key != "params"}
             for group in self.param_groups[: len(self._groups)]
         ]
-        state = [
-            [
-                {
-                    "names": list(c.optimizer.geometry.names),
-                    "leaves": [_cloned(leaf) for leaf in pytree.tree_leaves(c.state)],
-                }
-                for c in own.cohorts
-            ]
-            for own in self._groups
-        ]
+        state = [[cohort.saved() for cohort in own.cohorts] for own in self._groups]
         others = None if self._others is None else copy.deepcopy(self._others.state_dict())
         saved: dict[str, Any] = {"format": FORMAT, "state": state, "param_groups": settings, "others": others}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -350,12 +334,12 @@ class Riemannian(torch.optim.Optimizer):
         if (state_dict["others"] is None) != (self._others is None):
             raise ValueError("only one of the two has an optimizer of other parameters")
         loaded = []
-        for (own, params), cohorts, group in zip(self._own_parameters(), states, settings, strict=True):
-            loaded.append([self._loaded(own, params, cohort, group["lr"]) for cohort in cohorts])
+        for (own, _, named), cohorts, new in zip(self._own(), states, settings, strict=True):
+            loaded.append([self._loaded(own, _detached(named), cohort, new["lr"]) for cohort in cohorts])
         if self._others is not None:
             self._others.load_state_dict(copy.deepcopy(state_dict["others"]))
             self.param_groups[len(self._groups) :] = self._others.param_groups
-        for own, group, cohorts, new in zip(self._groups, self.param_groups, loaded, settings, strict=False):
+        for (own, group, _), cohorts, new in zip(self._own(), loaded, settings, strict=True):
             own.cohorts = cohorts
             group.update({key: _cloned(value) for key, value in new.items()})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -448,6 +432,10 @@ def _subset(geometry: Geometry, params: Mapping[str, Tensor], names: Collection[
     chosen = [p for p in geometry.parameters if p.name in names]
     rules = {glob.escape(p.name): Rule(p.manifold, p.view) for p in chosen}
     return Geometry.from_rules({p.name: params[p.name] for p in chosen}, rules)
+
+
+def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in named.items()}
 
 
 def _cloned(leaf: Any) -> Any:

@@ -7,7 +7,7 @@ textbook Cayley transform needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +33,19 @@ def resnet50_convolutions() -> list[tuple[int, int, int, int]]:
     return shapes
 
 
+def resnet50_matrices() -> list[tuple[int, int]]:
+    """Return the same weights as matrices ``(out, in height width)``."""
+    return [(out, fan_in * height * width) for out, fan_in, height, width in resnet50_convolutions()]
+
+
+def tall(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return matrices as tall ones ``(d, p)``, d >= p."""
+    return [(max(shape), min(shape)) for shape in shapes]
+
+
 def tall_shapes() -> list[tuple[int, int]]:
-    """Return the same weights as tall matrices ``(d, p)``, d >= p."""
-    flat = [(out, fan_in * height * width) for out, fan_in, height, width in resnet50_convolutions()]
-    return [(max(shape), min(shape)) for shape in flat]
+    """Return the weights of ResNet-50 as tall matrices."""
+    return tall(resnet50_matrices())
 
 
 def _stepper(make: Callable[[Geometry], Optimizer], points: dict[str, Tensor], grads: dict[str, Tensor]) -> Any:

@@ -8,9 +8,11 @@ memory during three steps in a process of its own, above what parameters and gra
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from subspace_meta.benchmarks.geometry import resnet50_convolutions
+from subspace_meta.benchmarks.geometry import resnet50_matrices, tall
 from subspace_meta.benchmarks.step import transformer_shapes
 from subspace_meta.geometry import Geometry
 from subspace_meta.manifolds import Stiefel
@@ -26,18 +28,20 @@ from subspace_meta.optimizers import MatrixLSTM, RAdam, SubspaceOptimizer
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.optimizers.subspace import PRESETS
 
-# All shapes ``(out, in)``, and how many other parameters (biases, normalisations, embeddings, the head) there are.
-MODELS: dict[str, tuple[Callable[[], list[tuple[int, int]]], int]] = {
-    "resnet50": (lambda: [(out, fan_in * h * w) for out, fan_in, h, w in resnet50_convolutions()], 2_102_120),
-    "transformer": (transformer_shapes, 12 * 9984 + 2 * 768),
+
+@dataclass(frozen=True)
+class Model:
+    """A model: its matrices ``(out, in)``, and how many other parameters (biases, norms, head) there are."""
+
+    matrices: tuple[tuple[int, int], ...]
+    others: int
+
+
+MODELS = {
+    "resnet50": Model(tuple(resnet50_matrices()), 2_102_120),
+    "transformer": Model(tuple(transformer_shapes()), 12 * 9984 + 2 * 768),
 }
 STEPS = 3
-
-
-def matrices(model: str, constrained_as_published: bool = False) -> list[tuple[int, int]]:
-    """Return the model's matrices as tall ones (d, p); of the publication's choice only those with out <= in."""
-    chosen = [(out, fan_in) for out, fan_in in MODELS[model][0]() if out <= fan_in or not constrained_as_published]
-    return [(max(shape), min(shape)) for shape in chosen]
 
 
 def matrix_lstm_parameters(d: int, p: int) -> int:
@@ -74,9 +78,7 @@ def _peak(name: str, shapes: Sequence[tuple[int, int]]) -> int:
     generator = torch.Generator().manual_seed(0)
     points = _points(shapes)
     grads = {key: torch.randn(value.shape, generator=generator) for key, value in points.items()}
-    small = [torch.eye(4, 2)]  # what the first step of all loads is not the optimizer's memory
-    _run("Adam", {"0": small[0]}, {"0": torch.ones(4, 2)})
-    _run("RAdam" if name == "Adam" else name, {"0": torch.eye(4, 2)}, {"0": torch.ones(4, 2)})
+    _run(name, {"0": torch.eye(4, 2)}, {"0": torch.ones(4, 2)})  # what the first step loads is not its memory
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = _resident("VmRSS")
     _run(name, points, grads)
@@ -118,46 +120,36 @@ def memory(model: str, measure: bool = True) -> list[dict[str, Any]]:
     """
     if model not in MODELS:
         raise ValueError(f"model {model!r} is unknown; there are {', '.join(MODELS)}")
-    shapes, published = matrices(model), matrices(model, constrained_as_published=True)
-    numbers = sum(d * p for d, p in shapes)
-    records = []
-    for name in ("light", "base", "paper", "RAdam"):
-        weights = 0 if name == "RAdam" else sum(math.prod(s) for s in PRESETS[name].weight_shapes().values())
-        records.append(
-            {
-                "optimizer": name if name == "RAdam" else f"Subspace {name}",
-                "matrices": len(shapes),
-                "meta_parameters": weights,
-                "state_bytes": state_bytes(name, shapes),
-                "peak_bytes": measured_peak(name, shapes) if measure else None,
-                "layers": [{"d": d, "p": p, "state_bytes": state_bytes(name, [(d, p)])} for d, p in shapes],
-            }
-        )
-    adam = [{"d": d, "p": p, "state_bytes": 8 * d * p} for d, p in shapes]
-    records.append(
-        {
-            "optimizer": "Adam, unconstrained",
-            "matrices": len(shapes),
-            "meta_parameters": 0,
-            "state_bytes": 8 * numbers,
-            "peak_bytes": measured_peak("Adam", shapes) if measure else None,
-            "layers": adam,
-        }
-    )
-    for title, counted in (("one network a matrix", published), ("one a shape", sorted(set(published)))):
-        records.append(
-            {
-                "optimizer": f"matrix LSTM, {title}",
-                "matrices": len(published),
-                "meta_parameters": sum(matrix_lstm_parameters(d, p) for d, p in counted),
-                "state_bytes": sum(16 * d * p for d, p in published),
-                "peak_bytes": None,
-                "layers": [{"d": d, "p": p, "state_bytes": 16 * d * p} for d, p in published],
-            }
-        )
+    chosen = MODELS[model].matrices
+    shapes = tall(chosen)
+    published = tall([(out, fan_in) for out, fan_in in chosen if out <= fan_in])  # what the predecessor constrains
+
+    def record(
+        name: str,
+        weights: int,
+        of_layer: Callable[[int, int], int],
+        constrained: Sequence[tuple[int, int]] = shapes,
+        **figures: Any,
+    ) -> dict[str, Any]:
+        layers = [{"d": d, "p": p, "state_bytes": of_layer(d, p)} for d, p in constrained]
+        total = sum(layer["state_bytes"] for layer in layers)
+        counted = {"matrices": len(layers), "meta_parameters": weights, "state_bytes": total, "peak_bytes": None}
+        return {"optimizer": name, **counted, **figures, "layers": layers}
+
+    def peak(name: str) -> int | None:
+        return measured_peak(name, shapes) if measure else None
+
+    def own(name: str, title: str, weights: int) -> dict[str, Any]:
+        one = functools.cache(lambda d, p: state_bytes(name, [(d, p)]))
+        return record(title, weights, one, state_bytes=state_bytes(name, shapes), peak_bytes=peak(name))
+
+    records = [
+        own(name, f"Subspace {name}", sum(math.prod(shape) for shape in PRESETS[name].weight_shapes().values()))
+        for name in ("light", "base", "paper")
+    ]
+    records.append(own("RAdam", "RAdam", 0))
+    records.append(record("Adam, unconstrained", 0, lambda d, p: 8 * d * p, peak_bytes=peak("Adam")))
+    for title, networks in (("one network a matrix", published), ("one a shape", sorted(set(published)))):
+        weights = sum(matrix_lstm_parameters(d, p) for d, p in networks)
+        records.append(record(f"matrix LSTM, {title}", weights, lambda d, p: 16 * d * p, constrained=published))
     return records
-
-
-def others(model: str) -> int:
-    """Return how many of the model's parameters are in none of the matrices."""
-    return MODELS[model][1]

@@ -86,7 +86,8 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     t, m, fast, slow, peak, rate, turn, along, hidden, cell = state
     d, p = r.shape
     settled, t = t, t + 1
-    energy, product, before = energies(r, r), energies(r, m), energies(m, m) + FLOOR * energies(r, r)
+    energy, product = energies(r, r), energies(r, m)
+    before = energies(m, m) + FLOOR * energy
     m = average(MOMENTUM, t, m, r)
     momentum_energy, agreement = energies(m, m), energies(r, m)
     fast, slow = average(FAST, t, fast, energy), average(SLOW, t, slow, energy)

@@ -63,8 +63,7 @@ def killed_again_and_again(folder, outer_steps, kills, whole_run_seconds):
         running += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    if not (run / "weights.safetensors").exists() or kills:
-        finish(folder, *arguments, "--resume")
+    finish(folder, *arguments, "--resume")
     return running
 
 
