@@ -26,7 +26,7 @@ import torch
 from subspace_kernels import native
 
 from subspace_meta._version import __version__
-from subspace_meta.checkpoint import CheckpointError, keep_previous, load_weights, save_weights, write_atomically
+from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights, write_atomically
 
 try:
     import typer
@@ -57,6 +57,7 @@ from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import BASELINES, TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.cost import available_bytes
+from subspace_meta.meta.distributed import ProcessError, Processes
 from subspace_meta.meta.trainer import Trainer, TrainingError
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
 from subspace_meta.presets import RUN_PRESETS, RunPreset
@@ -209,8 +210,13 @@ def train(
         bool, typer.Option("--dry-run", help="Print what it will cost in memory and work; train nothing.")
     ] = False,
 ) -> None:
-    """Meta-train an optimizer, then compare it with tuned baselines; writes runs/NAME/."""
+    """Meta-train an optimizer, then compare it with tuned baselines; writes runs/NAME/.
+
+    Several processes: torchrun --nproc-per-node 4 -m subspace_meta train ... splits the tasks of each stream over them.
+    """
     torch.set_num_threads(threads)
+    processes = Processes.join()
+    first = processes.rank == 0
     if resume and not name:
         raise UsageError("--resume needs --name, the run to go on with")
     if previous and not resume:
@@ -225,7 +231,7 @@ def train(
     }
     if resume:
         config = _config_to_resume(folder, given)
-    elif folder.exists() and (not folder.is_dir() or any(not p.name.endswith(".part") for p in folder.iterdir())):
+    elif processes.any(first and _holds_something(folder)):
         raise UsageError(f"{folder} exists; choose another --name, or add --resume to go on with it")
     else:
         defaults = {"run_preset": "quick", "preset": "base", "seed": 0, "outer_steps": None, "eager": False}
@@ -244,9 +250,13 @@ def train(
         outer_steps=config["outer_steps"] or chosen.train.outer_steps,
         streams=tuple(dataclasses.replace(s, compiled=s.compiled and not eager) for s in chosen.train.streams),
     )
-    trainer = Trainer(settings)
+    try:
+        trainer = Trainer(settings, processes)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if dry_run:
-        _print_costs(trainer, as_json)
+        if first:
+            _print_costs(trainer, as_json)
         return
     records: list[dict[str, Any]] = []
     checkpoint = folder / (PREVIOUS if previous else CHECKPOINT)
@@ -257,11 +267,15 @@ def train(
             other = "" if previous or not (folder / PREVIOUS).exists() else "; --previous takes the one before it"
             raise CheckpointError(f"{error}{other}") from error
         records = _read_records(folder / "metrics.jsonl")[: trainer.outer_step]
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"run_preset": preset, "eager": eager, **trainer.describe(), "environment": environment()}
-    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"run_preset": preset, "eager": eager, **trainer.describe(), "environment": environment()}
+        write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     began = time.perf_counter()
-    _train(trainer, records, folder, quiet, checkpoint_seconds)
+    _train(trainer, records, folder, quiet or not first, checkpoint_seconds)
+    processes.leave()
+    if not first:
+        return  # its part is done; the first process judges and writes
     trained_for = time.perf_counter() - began
     adapter = PRESETS[optimizer]
     notes = {
@@ -311,6 +325,12 @@ def _print_costs(trainer: Trainer, as_json: bool) -> None:
         )
 
 
+def _holds_something(folder: Path) -> bool:
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not path.name.endswith(".part") for path in folder.iterdir())
+
+
 def _config_to_resume(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a stopped run; options that were given again must say the same."""
     if not (folder / "config.json").is_file():
@@ -329,11 +349,13 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet: bool, seconds: float) -> None:
     """Run the outer loop with a progress bar, a log, and a checkpoint every so many seconds and on Ctrl-C."""
 
+    processes = trainer.processes
+
     def save() -> None:
-        # The log first: a crash in between leaves a log that is longer than the checkpoint, which resuming cuts.
-        write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
-        keep_previous(folder / CHECKPOINT, folder / PREVIOUS)
-        trainer.save(folder / CHECKPOINT)
+        if processes.rank == 0:
+            # The log first: a crash in between leaves a log that is longer than the checkpoint, which resuming cuts.
+            write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+        trainer.save(folder / CHECKPOINT, folder / PREVIOUS)
 
     saved = time.perf_counter()
     with _deferred_interrupt() as interrupted, _progress(quiet) as progress:
@@ -345,10 +367,11 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
             records.append(figures)
             smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]
             progress.update(bar, completed=trainer.outer_step, note=f"outer loss {smooth:6.2f}")
-            if interrupted():
+            # What one process sees, all do: a checkpoint has a part of each.
+            if processes.any(interrupted()):
                 save()
                 raise KeyboardInterrupt
-            if time.perf_counter() - saved > seconds:
+            if processes.any(time.perf_counter() - saved > seconds):
                 save()
                 saved = time.perf_counter()
     save()
@@ -721,7 +744,7 @@ def main() -> None:
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         code = _complain(f"{message} (see subspace-meta --help)")
-    except (UsageError, CheckpointError, TrainingError, ImportError, OSError) as error:
+    except (UsageError, CheckpointError, TrainingError, ProcessError, ImportError, OSError) as error:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130

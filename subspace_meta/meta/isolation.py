@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta.adapter.network import Weights
+from subspace_meta.meta.distributed import alone
 from subspace_meta.meta.unroll import Carry, InnerLoop, Trace, pull_back, run
 from subspace_meta.tasks.base import Batch, Data
 
@@ -47,17 +48,25 @@ def segment_gradient(
     batches: Batch,
     data: Data,
     outer_loss: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor], Tensor] = alone,
 ) -> SegmentGradient:
     """Run a segment and return the gradient of its mean outer loss.
 
     Args:
         loop, theta, carry, batches, data: as in :func:`~subspace_meta.meta.unroll.run`.
         outer_loss: from objectives ``(steps, tasks)`` to one loss a task ``(tasks,)``.
+        total: the sum over all processes, where each has other tasks. ``theta`` and ``loss`` are then about all tasks,
+            the rest about this process's; a copy is one of its own tasks, and where it has no good one all is lost.
     """
     tasks = next(iter(carry.params.values())).shape[0]
     own = torch.arange(tasks)
     spoiled = torch.zeros(tasks, dtype=torch.bool)
     source = own
+
+    def everywhere(flags: Tensor) -> bool:
+        """Return whether all flags are true, in all processes: they have to go the same way."""
+        return not bool(total((~flags).sum()))
+
     while True:
         start, window, measured = carry, batches, data
         if spoiled.any():
@@ -70,21 +79,22 @@ def segment_gradient(
         losses = outer_loss(objectives)
         good = torch.isfinite(losses.detach()) & torch.isfinite(trace.objectives).all(dim=0)
         good &= _finite(trace.carry.params)
-        if bool((good | spoiled).all()):
-            loss = torch.where(spoiled, 0.0, losses).sum() / (~spoiled).sum()
+        if everywhere(good | spoiled):
+            loss = torch.where(spoiled, 0.0, losses).sum() / total((~spoiled).sum())
             (cotangents,) = torch.autograd.grad(loss, objectives)
             cotangents = torch.where(spoiled, 0.0, cotangents)
-            gradient = pull_back(loop, theta, trace, window, measured, cotangents)
+            gradient = pull_back(loop, theta, trace, window, measured, cotangents, total)
             # A task that is spoiled on the way back shows in its own derivative to the start.
             good &= _finite(gradient.carry.params)
-            if bool((good | spoiled).all()):
-                if not all(bool(torch.isfinite(value).all()) for value in gradient.theta.values()):
+            if everywhere(good | spoiled):
+                sums = {name: total(value) for name, value in gradient.theta.items()}
+                if not all(bool(torch.isfinite(value).all()) for value in sums.values()):
                     break  # through the state, which belongs to no task alone
-                return SegmentGradient(gradient.theta, trace.carry, trace.objectives, loss.detach(), spoiled, source)
-        if bool(spoiled.any()) and not bool(good[spoiled].all()):
+                return SegmentGradient(sums, trace.carry, trace.objectives, total(loss.detach()), spoiled, source)
+        if not everywhere(good[spoiled]):
             break  # a copy of a good task is spoiled, too: something else is wrong
         spoiled = spoiled | ~good
-        if bool(spoiled.all()):
+        if not everywhere((~spoiled).any()):
             break
     return _lost(theta, trace, own)
 

@@ -9,7 +9,7 @@ The outer loss is the mean over tasks and steps of log((f - f*)/(f_0 - f*) + flo
 same, whatever the scale of the problem.
 
 Everything random comes from one generator, so training is reproducible on the same machine, and a checkpoint holds all
-that is needed to go on exactly.
+that is needed to go on exactly. Several processes split the tasks of each stream (``subspace_meta.meta.distributed``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from subspace_meta.adapter.network import Weights
-from subspace_meta.checkpoint import CheckpointError, load_tensors, save_tensors
+from subspace_meta.checkpoint import CheckpointError, keep_previous, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
 from subspace_meta.meta.cost import Cost, entries, predict
+from subspace_meta.meta.distributed import Processes
 from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
@@ -150,9 +151,10 @@ class TrainSettings:
 
 @dataclass
 class _Stream:
-    """The running inner loops of one stream."""
+    """The running inner loops of one stream; ``data`` and ``initial`` are those of all processes."""
 
     settings: StreamSettings
+    part: slice  # this process's tasks
     loops: tuple[InnerLoop, ...]  # one a family
     index: int = 0  # of the family that is running
     horizon: int = 0
@@ -179,6 +181,13 @@ def relative_log_loss(objectives: Tensor, initial: Tensor, reference: Tensor) ->
 class Trainer:
     """Meta-training that can be stopped after each outer step and resumed exactly.
 
+    Args:
+        settings: the run's settings.
+        processes: which part of the tasks is this process's; all call the same methods in the same order.
+
+    Raises:
+        ValueError: a stream has fewer tasks than there are processes.
+
     Attributes:
         settings: the run's settings.
         theta: the meta-parameters.
@@ -187,8 +196,9 @@ class Trainer:
         spoiled_tasks: tasks that were left out of their segment's meta-gradient because they were not finite.
     """
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings, processes: Processes | None = None) -> None:
         self.settings = settings
+        self.processes = processes or Processes()
         self.generator = torch.Generator().manual_seed(settings.seed)
         adapter = PRESETS[settings.preset]
         self.theta: Weights = adapter.init_weights(self.generator)
@@ -199,7 +209,10 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.spoiled_tasks = 0
-        self.streams = [_Stream(s, tuple(self._loop(s, family) for family in s.families)) for s in settings.streams]
+        self.streams = [
+            _Stream(s, self.processes.part(s.tasks), tuple(self._loop(s, family) for family in s.families))
+            for s in settings.streams
+        ]
 
     def _loop(self, stream: StreamSettings, family: TaskFamily) -> InnerLoop:
         return InnerLoop(
@@ -225,7 +238,7 @@ class Trainer:
         stream.age = 0
         stream.data = family.draw(self.generator, stream.settings.tasks)
         params = family.init(stream.data, self.generator)
-        stream.carry = stream.loop.start(self.theta, params)
+        stream.carry = stream.loop.start(self.theta, {name: value[stream.part] for name, value in params.items()})
         stream.initial = stream.loop.objective(params, family.measured(stream.data))
 
     def step(self) -> dict[str, Any]:
@@ -240,26 +253,34 @@ class Trainer:
         assert stream.data is not None
         assert stream.initial is not None
         family = stream.family
-        measured = family.measured(stream.data)
+        part = stream.part
+        measured = {name: value[part] for name, value in family.measured(stream.data).items()}
         length = self.settings.segment_at(self.outer_step, stream.age, stream.horizon)
         batches = family.sample(stream.data, self.generator, length)
-        initial, reference = stream.initial, stream.data["reference"]
+        batches = {name: value[:, part] for name, value in batches.items()}
+        initial, reference = stream.initial[part], stream.data["reference"][part]
 
         def outer_loss(objectives: Tensor) -> Tensor:
             return relative_log_loss(objectives, initial, reference).mean(dim=0)
 
-        found = segment_gradient(stream.loop, self.theta, stream.carry, batches, measured, outer_loss)
+        total = self.processes.total
+        found = segment_gradient(stream.loop, self.theta, stream.carry, batches, measured, outer_loss, total)
         norm = torch.stack([g.square().sum() for g in found.theta.values()]).sum().sqrt()
         finite = bool(torch.isfinite(norm))
-        self.spoiled_tasks += int(found.spoiled.sum())
+        spoiled = int(total(found.spoiled.sum()))
+        self.spoiled_tasks += spoiled
+        final = torch.where(found.spoiled, 0.0, outer_loss(found.objectives[-1:])).sum()
         stream.age += length
         if finite:
             self.skipped_in_a_row = 0
             stream.carry = found.carry
-            if bool(found.spoiled.any()):
+            if spoiled:
                 # From here on the copies stand for the spoiled tasks, with all that belongs to them.
-                stream.data = {name: value[found.source] for name, value in stream.data.items()}
-                stream.initial = initial[found.source]
+                source = torch.zeros(stream.settings.tasks, dtype=found.source.dtype)
+                source[part] = found.source + part.start
+                source = total(source)
+                stream.data = {name: value[source] for name, value in stream.data.items()}
+                stream.initial = stream.initial[source]
             self._descend(found.theta, norm)
         else:
             # No task is left. Never silently zeroed: the update is skipped and counted, and the stream starts over.
@@ -277,7 +298,7 @@ class Trainer:
             "inner_step": stream.age,
             "horizon": stream.horizon,
             "outer_loss": float(found.loss),
-            "final_log_excess": float(outer_loss(found.objectives[-1:])[~found.spoiled].mean()),
+            "final_log_excess": float(total(final) / (stream.settings.tasks - spoiled)),
             "gradient_norm": float(norm),
             "learning_rate": self.settings.learning_rate(self.outer_step),
             "skipped": self.skipped,
@@ -320,8 +341,14 @@ class Trainer:
         while self.outer_step < self.settings.outer_steps:
             yield self.step()
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint from which :meth:`load` goes on exactly."""
+    def save(self, path: Path, previous: Path | None = None) -> None:
+        """Write a checkpoint from which :meth:`load` goes on exactly; of several processes the first one writes it.
+
+        What ``path`` held before is then at ``previous``.
+        """
+        carries = self.processes.collect([pytree.tree_leaves(stream.carry) for stream in self.streams])
+        if self.processes.rank:
+            return
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
         for kind, group in (("theta", self.theta), ("first", self.first_moment), ("second", self.second_moment)):
             tensors.update({f"{kind}/{name}": value for name, value in group.items()})
@@ -330,10 +357,13 @@ class Trainer:
             running = stream.carry is not None
             streams.append({"family": stream.index, "horizon": stream.horizon, "age": stream.age, "running": running})
             if running:
-                leaves = pytree.tree_leaves((stream.carry, stream.data, stream.initial))
+                leaves = pytree.tree_leaves((stream.data, stream.initial))
                 tensors.update({f"stream{i}/{j}": leaf for j, leaf in enumerate(leaves)})
+                for rank, held in enumerate(carries):
+                    tensors.update({f"stream{i}/rank{rank}/{j}": leaf for j, leaf in enumerate(held[i])})
         content = {
             "settings": self.describe(),
+            "processes": self.processes.count,
             "outer_step": self.outer_step,
             "updates": self.updates,
             "skipped": self.skipped,
@@ -341,19 +371,26 @@ class Trainer:
             "spoiled_tasks": self.spoiled_tasks,
             "streams": streams,
         }
+        if previous is not None:
+            keep_previous(path, previous)
         save_tensors(path, "training checkpoint", tensors, content)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same settings.
 
         Raises:
-            CheckpointError: the file cannot be used, or the settings differ.
+            CheckpointError: the file cannot be used, or the settings or the number of processes differ.
         """
         tensors, content = load_tensors(path, "training checkpoint")
         mine = json.loads(json.dumps(self.describe()))
         if content["settings"] != mine:
             differing = [key for key in mine if content["settings"].get(key) != mine[key]]
             raise CheckpointError(f"{path}: was written by a run with other settings; these differ: {differing}")
+        if content.get("processes") != self.processes.count:
+            raise CheckpointError(
+                f"{path}: was written by {content.get('processes', 'an unknown number of')} processes, and the inner "
+                f"loops are split over them; go on with as many, not with {self.processes.count}"
+            )
         for kind, group in (("theta", self.theta), ("first", self.first_moment), ("second", self.second_moment)):
             for name in group:
                 group[name] = tensors[f"{kind}/{name}"]
@@ -362,9 +399,9 @@ class Trainer:
                 continue
             # A fresh start gives the structure of the trees; its numbers are replaced.
             self._restart(stream, saved["family"])
-            leaves, structure = pytree.tree_flatten((stream.carry, stream.data, stream.initial))
-            restored = [tensors[f"stream{i}/{j}"] for j in range(len(leaves))]
-            stream.carry, stream.data, stream.initial = pytree.tree_unflatten(restored, structure)
+            shared, own = f"stream{i}", f"stream{i}/rank{self.processes.rank}"
+            stream.data, stream.initial = _restored((stream.data, stream.initial), tensors, shared)
+            stream.carry = _restored(stream.carry, tensors, own)
             stream.horizon, stream.age = saved["horizon"], saved["age"]
         for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
@@ -395,3 +432,9 @@ class Trainer:
                 for s in settings.streams
             ],
         }
+
+
+def _restored(tree: Any, tensors: Mapping[str, Tensor], prefix: str) -> Any:
+    """Return a tree of the same structure with leaves from a checkpoint."""
+    leaves, structure = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten([tensors[f"{prefix}/{j}"] for j in range(len(leaves))], structure)

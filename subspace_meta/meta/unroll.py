@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.meta.compiling import compile_block
+from subspace_meta.meta.distributed import alone
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import Batch, Data, Problem
 
@@ -246,11 +247,18 @@ def run(loop: InnerLoop, theta: Weights, carry: Carry, batches: Batch, data: Dat
 
 
 def pull_back(
-    loop: InnerLoop, theta: Weights, trace: Trace, batches: Batch, data: Data, objective_cotangents: Tensor
+    loop: InnerLoop,
+    theta: Weights,
+    trace: Trace,
+    batches: Batch,
+    data: Data,
+    objective_cotangents: Tensor,
+    total: Callable[[Tensor], Tensor] = alone,
 ) -> MetaGradient:
     """Return the derivative of sum(objectives * objective_cotangents), through all steps of the trace.
 
     The carry at the start is a constant: the derivative stops there (truncation). A trace can be pulled back once.
+    ``total`` adds up what other processes find for their tasks: only the bound of ``loop.bounded`` is about all tasks.
 
     Raises:
         ValueError: ``objective_cotangents`` has not the shape of the objectives, ``(steps, tasks)``.
@@ -263,7 +271,7 @@ def pull_back(
         )
     interval = loop.interval_of(steps)
     leaves = _leaves(theta)
-    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    gradient = {name: torch.zeros_like(value) for name, value in theta.items()}
     cotangent, bound = pytree.tree_map(torch.zeros_like, trace.carry), torch.inf
     count = len(trace.borders)
     for index in reversed(range(count)):
@@ -280,13 +288,13 @@ def pull_back(
         found = torch.autograd.grad(
             outputs, [*(part.theta[name] for name in names), *starts], given, materialize_grads=True
         )
-        total = {name: total[name] + value for name, value in zip(names, found, strict=False)}
+        gradient = {name: gradient[name] + value for name, value in zip(names, found, strict=False)}
         passed = list(found[len(names) :])
         if loop.bounded and index:  # what leaves the first interval is passed to none
             done = count - index
-            norm = float(torch.stack([value.square().sum() for value in passed]).sum().sqrt())
+            norm = float(total(torch.stack([value.square().sum() for value in passed]).sum()).sqrt())
             if norm > bound:
                 passed = [value * (bound / norm) for value in passed]
             bound = min(norm, bound) * (done + 1) / done
         cotangent = pytree.tree_unflatten(passed, structure)
-    return MetaGradient(total, cotangent)
+    return MetaGradient(gradient, cotangent)

@@ -1,0 +1,106 @@
+"""Meta-training by several processes: each has a part of the tasks, all have the same meta-parameters.
+
+Every process draws all tasks and mini-batches from the same generator and keeps its part of the inner loops; what they
+find is added up. So the numbers are those of one process, up to the rounding of sums, and the meta-parameters stay
+equal bit for bit: the addends are exchanged, and each process adds them in the order of the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+TIMEOUT = timedelta(minutes=30)  # a rank may compile while the others wait
+
+
+class ProcessError(RuntimeError):
+    """Another process of the job is gone, so this one cannot go on."""
+
+
+def alone(value: Tensor) -> Tensor:
+    """Return ``value``, the sum over one process."""
+    return value
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job, seen from one of them; by default it is alone.
+
+    Attributes:
+        rank: which one this is, from 0; rank 0 writes files and logs.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @staticmethod
+    def join() -> Processes:
+        """Join the processes that ``torchrun`` has started (over gloo); without it return a process that is alone.
+
+        Raises:
+            ProcessError: the others cannot be reached.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return Processes()
+        if not distributed.is_initialized():
+            try:
+                # What is exchanged lies in main memory.
+                distributed.init_process_group("gloo", timeout=TIMEOUT)
+            except (RuntimeError, ValueError) as error:
+                raise ProcessError(f"the processes of the job did not find each other: {error}") from error
+        return Processes(distributed.get_rank(), distributed.get_world_size())
+
+    @staticmethod
+    def leave() -> None:
+        """End what :meth:`join` began, if it did."""
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def part(self, tasks: int) -> slice:
+        """Return which of so many tasks are this process's; sizes of parts differ by at most one.
+
+        Raises:
+            ValueError: there are fewer tasks than processes.
+        """
+        if tasks < self.count:
+            raise ValueError(f"{tasks} tasks cannot be split over {self.count} processes; take fewer processes")
+        return slice(tasks * self.rank // self.count, tasks * (self.rank + 1) // self.count)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of all processes' ``value``, the same bits for each; all of them have to call this.
+
+        Raises:
+            ProcessError: another process is gone.
+        """
+        if self.count == 1:
+            return value
+        found = [torch.empty_like(value) for _ in range(self.count)]
+        self._exchange(distributed.all_gather, found, value.contiguous())
+        return torch.stack(found).sum(0)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether one process at least says so; see :meth:`total`."""
+        return bool(self.total(torch.tensor(int(flag))))
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return what each process has, tensors included, for rank 0 (an empty list for the others)."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count if self.rank == 0 else []
+        self._exchange(distributed.gather_object, value, found or None)
+        return found
+
+    def _exchange(self, operation: Any, *arguments: Any) -> None:
+        try:
+            operation(*arguments)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {self.rank} of {self.count} cannot go on: another one has ended or does not answer "
+                f"({str(error).strip().splitlines()[0]}); what was saved last is complete, go on from it with --resume"
+            ) from error
