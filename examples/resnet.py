@@ -8,6 +8,7 @@ python examples/resnet.py --resnet50        # some steps of ResNet-50 on images 
 import argparse
 import resource
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -155,7 +156,9 @@ def fit(
 
 def main(name: str = "mnist", steps: int = 150, every: int = 25) -> dict[int, float]:
     model = narrow(seed=0)
-    optimizer = sm.optim.SubspaceMeta(model, orthonormal_convolutions(model), others=None)  # it takes all parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sm.optim.ProjectionWarning)  # PyTorch's random filters are not orthonormal
+        optimizer = sm.optim.SubspaceMeta(model, orthonormal_convolutions(model), others=None)  # takes all parameters
     began, found = time.perf_counter(), {}
     for start in range(0, steps, every):
         found[start + every] = fit(model, optimizer, images(name), every, start, range(every, every + 1))[every]
@@ -169,10 +172,12 @@ def measure_resnet50(optimizer: str, steps: int = 3) -> None:
     torch.manual_seed(0)
     model = resnet50()
     rules = orthonormal_convolutions(model)
-    if optimizer == "radam":
-        stepper: torch.optim.Optimizer = sm.optim.Riemannian(model, rules, sm.RAdam, lr=1e-3)
-    else:
-        stepper = sm.optim.SubspaceMeta(model, rules, preset=optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sm.optim.ProjectionWarning)
+        if optimizer == "radam":
+            stepper: sm.optim.Riemannian = sm.optim.Riemannian(model, rules, sm.RAdam, lr=1e-3)
+        else:
+            stepper = sm.optim.SubspaceMeta(model, rules, preset=optimizer)
     inputs, labels = torch.randn(8, 3, 64, 64), torch.randint(1000, (8,))
     for step in range(steps):
         began = time.perf_counter()

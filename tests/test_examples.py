@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import subspace_meta as sm
+from subspace_meta.benchmarks.geometry import resnet50_convolutions
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +78,30 @@ def test_meta_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     weights, adapter = sm.load_weights(tmp_path / "autoencoder.safetensors")
     assert adapter.name == "base"
     assert weights.keys() == sm.pretrained().keys()
+
+
+def test_resnet() -> None:
+    resnet = load("resnet")
+    assert resnet.main("digits", steps=20, every=10)[20] > 0.7
+    for model, parameters, convolutions in ((resnet.resnet18(), 11_689_512, 20), (resnet.resnet50(), 25_557_032, 53)):
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert len(resnet.orthonormal_convolutions(model)) == convolutions
+    shapes = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
+    assert shapes == set(resnet50_convolutions())
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_transformer() -> None:
+    transformer = load("transformer")
+    assert transformer.main(60) > 0.7
+    torch.manual_seed(0)
+    model = transformer.Sorter()
+    with pytest.warns(sm.optim.ProjectionWarning, match=r"blocks\.0\.queries"):
+        sm.optim.SubspaceMeta(model, transformer.RULES)
+    for head in model.blocks[1].keys.weight.detach().unflatten(0, (transformer.HEADS, -1)):
+        torch.testing.assert_close(head @ head.T, torch.eye(len(head)), rtol=0, atol=1e-5)
+
+
+def test_finetune() -> None:
+    before, after = load("finetune").main(60)
+    assert after > before + 0.2
