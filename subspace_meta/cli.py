@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,18 +31,11 @@ from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights
 try:
     import typer
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.table import Table
 except ImportError as error:  # the library itself does not need them
     raise SystemExit(f"subspace-meta: {error}; install the extra: pip install 'subspace-meta[train]'") from error
 
+from subspace_meta import live
 from subspace_meta.adapter import features
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.benchmarks import memory
@@ -95,21 +88,6 @@ def _no_compiler() -> str:
     if any(character.isspace() for character in torch.__file__):
         return "torch.compile cannot link below a path with a space, and torch lies there"
     return ""
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=console, disable=quiet, refresh_per_second=4) as progress:
-        yield progress
 
 
 def _print_table(
@@ -172,7 +150,7 @@ def _report(results: Results, title: str, notes: str) -> str:
 
 def _evaluate(preset: RunPreset, weights: Any, adapter: Adapter, quiet: bool) -> Results:
     results: Results | None = None
-    with _progress(quiet) as progress:
+    with live.progress(console, quiet) as progress:
         bar = progress.add_task("evaluating", total=4 * len(preset.evaluation), note="")
         runs = evaluate_suite(
             preset.evaluation, lambda g: SubspaceOptimizer(g, weights, adapter), preset.seeds, preset.horizon
@@ -358,13 +336,17 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
         trainer.save(folder / CHECKPOINT, folder / PREVIOUS)
 
     saved = time.perf_counter()
-    with _deferred_interrupt() as interrupted, _progress(quiet) as progress:
+    curves = (
+        live.tensorboard(folder / "tensorboard", trainer.outer_step) if processes.rank == 0 else nullcontext(_ignore)
+    )
+    with _deferred_interrupt() as interrupted, live.progress(console, quiet) as progress, curves as draw:
         note = "compiling the inner loops ..." if any(s.compiled for s in trainer.settings.streams) else ""
         total = trainer.settings.outer_steps
         bar = progress.add_task("training", total=total, completed=trainer.outer_step, note=note)
         smooth: float | None = None
         for figures in trainer.run():
             records.append(figures)
+            draw(figures)
             smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]
             progress.update(bar, completed=trainer.outer_step, note=f"outer loss {smooth:6.2f}")
             # What one process sees, all do: a checkpoint has a part of each.
@@ -375,6 +357,10 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
                 save()
                 saved = time.perf_counter()
     save()
+
+
+def _ignore(figures: Mapping[str, Any]) -> None:
+    """Draw nothing: another process does."""
 
 
 @contextmanager
@@ -429,7 +415,7 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)  # an unwritable place is said now, not after minutes
     results: list[TaskResult] = []
     reasons: list[str] = []
-    with _progress(quiet) as progress:
+    with live.progress(console, quiet) as progress:
         bar = progress.add_task("evaluating", total=len(chosen), note=chosen[0].row[:44])
         for done, (task, result) in enumerate(compare(name, make, chosen, folder), start=1):
             reasons.append(f"{task.row}: {result}") if isinstance(result, str) else results.append(result)
@@ -549,7 +535,7 @@ def make_archive(
             typer.echo(f"{task.row}: {baseline.name}")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _progress(quiet) as progress:
+    with live.progress(console, quiet) as progress:
         bar = progress.add_task("tuning", total=len(todo), note="")
         for task, baseline, _ in archive.regenerate(todo, jobs, folder):
             progress.update(bar, advance=1, note=f"{task.row[:30]}: {baseline.name}")

@@ -292,7 +292,8 @@ def pull_back(
         passed = list(found[len(names) :])
         if loop.bounded and index:  # what leaves the first interval is passed to none
             done = count - index
-            norm = float(total(torch.stack([value.square().sum() for value in passed]).sum()).sqrt())
+            # A scalar is a counter of steps, which all tasks share: nothing came before it that could be passed back.
+            norm = float(total(torch.stack([value.square().sum() for value in passed if value.dim()]).sum()).sqrt())
             if norm > bound:
                 passed = [value * (bound / norm) for value in passed]
             bound = min(norm, bound) * (done + 1) / done

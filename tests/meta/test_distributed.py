@@ -30,7 +30,7 @@ def start(folder: Path, *arguments: str, count: int = 2) -> list[subprocess.Pope
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["PYTHONPATH"] = str(JOB.parent)
+    shared["PYTHONPATH"] = os.pathsep.join([str(JOB.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -175,6 +177,38 @@ def test_bounded_scales_down_only_what_grows() -> None:
     # A single interval has no border.
     one = replace(LOOP, interval=STEPS)
     assert relative(gradient(replace(one, bounded=True), 6.0), gradient(one, 6.0)) == 0.0
+
+
+def test_the_bound_is_about_the_tasks_of_all_processes() -> None:
+    """Two threads, each with some of the tasks, add up their squared norms; together they find what one finds."""
+    theta, params, batches, data = setting()
+    theta = {**theta, "length.bias": theta["length.bias"] + 6.0}
+    loop = replace(LOOP, interval=2, bounded=True)
+    meeting, brought = Barrier(2, timeout=60.0), [torch.zeros(()), torch.zeros(())]
+
+    def gradient(part: slice, place: int | None) -> dict[str, Tensor]:
+        def total(value: Tensor) -> Tensor:
+            if place is None:
+                return value
+            brought[place] = value
+            meeting.wait()
+            found = brought[0] + brought[1]
+            meeting.wait()
+            return found
+
+        window = {name: value[:, part] for name, value in batches.items()}
+        measured = {name: value[part] for name, value in data.items()}
+        start = loop.start(theta, {name: value[part] for name, value in params.items()})
+        trace = run(loop, theta, start, window, measured)
+        return pull_back(loop, theta, trace, window, measured, COTANGENTS[:, part], total).theta
+
+    with ThreadPoolExecutor(2) as pool:
+        left, right = pool.map(gradient, (slice(0, 2), slice(2, TASKS)), (0, 1))
+    together = gradient(slice(0, TASKS), None)
+    assert relative({name: left[name] + right[name] for name in left}, together) < 1e-10
+    # and each for itself does not
+    alone = [gradient(part, None) for part in (slice(0, 2), slice(2, TASKS))]
+    assert relative({name: alone[0][name] + alone[1][name] for name in left}, together) > 1e-6
 
 
 def test_first_order_is_something_else_but_similar() -> None:
