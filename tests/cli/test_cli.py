@@ -33,7 +33,7 @@ def test_training_writes_everything(finished: tuple[Path, subprocess.CompletedPr
     folder, done = finished
     assert done.returncode == 0, done.stderr
     written = {path.name for path in (folder / "runs" / "one").iterdir()}
-    assert written == {
+    assert written - {"tensorboard"} == {  # that one is there if TensorBoard is installed
         "checkpoint.safetensors",
         "config.json",
         "curves.png",

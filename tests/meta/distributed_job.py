@@ -70,7 +70,7 @@ def train_a_replicated_model(processes: Processes) -> dict:
         optimizer.zero_grad()
         nn.functional.cross_entropy(replicated(images), (images.mean((1, 2, 3)) > 0).long()).backward()
         optimizer.step()
-    moved = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), start, strict=True))
+    moved = max(float((p.detach() - q).abs().max()) for p, q in zip(model.parameters(), start, strict=True))
     return {"moved": moved, "spread": spread(processes, list(model.parameters())), "data": float(images.sum())}
 
 
