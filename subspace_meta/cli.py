@@ -702,7 +702,7 @@ def _print_comparison(
         shown = "" if not peer else "not installed" if theirs is None else format(theirs, form)
         cells.append([what, ours, peer, shown, "" if ratio is None else f"{ratio:.3f}"])
     header = [column.strip() for column in ("what", f"ours {unit}", "peer", f"theirs {unit}", "ratio")]
-    _print_table(title, header, cells, ("what", "peer"))
+    _print_table(title, header, cells, ("what", "peer"), WIDE)
 
 
 @app.callback(invoke_without_command=True)

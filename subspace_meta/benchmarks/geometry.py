@@ -2,12 +2,13 @@
 
 Three questions: the 53 convolution weights of ResNet-50 as tall matrices (He et al. 2016; 23.5 million entries), 256
 separate 16 x 16 matrices, and one step on 4608 x 512 with the canonical metric against the n x n solve that the
-textbook Cayley transform needs.
+textbook Cayley transform needs. On the first two the whole step of the learned optimizer stands beside RAdam's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from subspace_meta.geometry import Geometry
 from subspace_meta.manifolds import Stiefel, StiefelCanonical
 from subspace_meta.optimizers import RSGD, RAdam
 from subspace_meta.optimizers.base import Optimizer
+from subspace_meta.optimizers.subspace import SubspaceOptimizer
+from subspace_meta.weights import RELEASES, pretrained
 
 
 def resnet50_convolutions() -> list[tuple[int, int, int, int]]:
@@ -83,6 +86,10 @@ def _compare(shapes: list[tuple[int, int]], rounds: int) -> dict[str, float]:
         "geoopt RSGD": _geoopt_stepper("RiemannianSGD", points, grads, lr=1e-2),
         "RAdam": _stepper(lambda geometry: RAdam(geometry, 1e-2), points, grads),
         "geoopt RAdam": _geoopt_stepper("RiemannianAdam", points, grads, lr=1e-2),
+        **{
+            preset: _stepper(partial(SubspaceOptimizer, weights=pretrained(preset), preset=preset), points, grads)
+            for preset in RELEASES
+        },
     }
     return interleaved({name: step for name, step in contestants.items() if step is not None}, rounds)
 
@@ -117,6 +124,8 @@ def bench_geometry(rounds: int = 9) -> list[dict[str, Any]]:
         for name in ("RSGD", "RAdam"):
             peer = seconds.get(f"geoopt {name}")
             records.append(_record(f"{title}: {name}", seconds[name], f"geoopt {name}", peer))
+        for preset in RELEASES:
+            records.append(_record(f"{title}: learned, {preset}", seconds[preset], "this RAdam", seconds["RAdam"]))
     seconds = _canonical(4608, 512, max(2, rounds // 2))
     records.append(
         _record(
