@@ -48,6 +48,7 @@ MUTANTS = (
     Mutant("adapter_permutation", "subspace_meta/adapter/paper.py", "v - matrix_mean(v, p)[..., None] + 1", "v - v[..., :1] + 1"),
     Mutant("update_equivariance", SUBSPACE, "g.manifold.transport(x, y, g.manifold.from_coordinates(x, m))", "g.manifold.from_coordinates(x, m)"),
     Mutant("grassmann_projection", "subspace_meta/manifolds/grassmann.py", "subtract_product(v, x, x.mT @ v)", "subtract_product(v, x, x.mT @ v, 0.5)"),
+    Mutant("grassmann_eigenbasis", "subspace_meta/adapter/spectral.py", "a * eye + gram @ (b * eye + c * gram)", "a * eye + gram * (b * eye + c * gram)"),
     Mutant("cross_adjoint", KERNELS, "product.sum(dim=-1) if v is None else (product @ v[..., None])[..., 0]", "product.sum(dim=-1)"),
     Mutant("rank2_adjoint", KERNELS, "u[..., :, None] * x * b[..., None, :]", "u[..., :, None] * x * v[..., None, :]"),
     Mutant("descent_direction", SUBSPACE, "gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]", "gradients = list(gradients)"),

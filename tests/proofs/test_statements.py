@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 import subspace_meta as sm
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.paper import PaperAdapter
+from subspace_meta.adapter.spectral import spectral_direction, spectral_factor
 from subspace_meta.manifolds import (
     SPD,
     Cayley,
@@ -565,7 +566,10 @@ def test_grassmann_projection(shape, seed):
 
 @given(shape=tall(smallest=2), seed=seeds, repeated=st.booleans())
 def test_grassmann_eigenbasis(shape, seed, repeated):
-    """No code has these scales yet: the formula itself, with a free choice of eigenbasis."""
+    """The formula itself, with a free choice of eigenbasis; then the orthonormal factor of the preset base.
+
+    Its h is what the iterations make of one eigenvalue: of a matrix of one entry.
+    """
     d, p = shape
     x, q = orthonormal(d, p, seed), orthonormal(p, p, seed + 1)
     g = normal(d, p, seed=seed + 2)
@@ -595,6 +599,20 @@ def test_grassmann_eigenbasis(shape, seed, repeated):
     close(Grassmann().project(x @ q, direction(turned, eigenbasis(turned))), whole @ q, 1e-8)
     # Column scales keep horizontal vectors horizontal.
     close(x.mT @ r @ torch.diag(normal(p, seed=seed)), torch.zeros(p, p, dtype=x.dtype))
+    # The orthonormal factor of the code, of a direction of norm 1: these scales, with its own h.
+    if d == p:  # nothing is horizontal
+        return
+    squared, one = r.mT @ r / r.square().sum(), torch.eye(1, dtype=r.dtype)
+    values, basis = torch.linalg.eigh(squared)
+    scales = torch.stack([spectral_factor(value.reshape(1, 1), one)[0, 0] for value in values])
+    close(spectral_factor(squared, torch.eye(p, dtype=r.dtype)), basis @ torch.diag(scales) @ basis.mT, 1e-8)
+
+    def mixed(r: Tensor) -> Tensor:
+        squares = r.square().sum() / p
+        return spectral_direction(r, squares, (d, p), torch.tensor(0.7, dtype=r.dtype))[0]
+
+    close(mixed(turned), mixed(r) @ q, 1e-7)
+    close(x.mT @ mixed(r), torch.zeros(p, p, dtype=x.dtype), 1e-8)
 
 
 # Kernels
