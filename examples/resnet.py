@@ -1,6 +1,6 @@
 """Residual networks whose convolutions have orthonormal filters, trained without a learning rate.
 
-python examples/resnet.py                   # a narrow one on 5,000 digits of MNIST, a minute
+python examples/resnet.py                   # a narrow one on 5,000 digits of MNIST, half a minute
 python examples/resnet.py --data digits     # on the 1,797 digits of scikit-learn
 python examples/resnet.py --resnet50        # some steps of ResNet-50 on images of 64 x 64: time and memory
 """
@@ -158,11 +158,12 @@ def main(name: str = "mnist", steps: int = 150, every: int = 25) -> dict[int, fl
     model = narrow(seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sm.optim.ProjectionWarning)  # PyTorch's random filters are not orthonormal
-        optimizer = sm.optim.SubspaceMeta(model, orthonormal_convolutions(model), others=None)  # takes all parameters
-    began, found = time.perf_counter(), {}
+        optimizer = sm.optim.SubspaceMeta(model, orthonormal_convolutions(model))  # the others are AdamW's
+    began, found, sets = time.perf_counter(), {}, images(name)
     for start in range(0, steps, every):
-        found[start + every] = fit(model, optimizer, images(name), every, start, range(every, every + 1))[every]
-        print(f"step {start + every}: {found[start + every]:.1%} of the test images", flush=True)
+        part = min(every, steps - start)
+        found[start + part] = fit(model, optimizer, sets, part, start, range(part, part + 1))[part]
+        print(f"step {start + part}: {found[start + part]:.1%} of the test images", flush=True)
     violation = max(optimizer.check().values())
     print(f"{time.perf_counter() - began:.0f} s; largest violation {violation:.1e}")
     return found
