@@ -473,6 +473,8 @@ def _move_to_manifold(geometry: Geometry, params: Mapping[str, Parameter]) -> No
     off = {name: value for name, value in violations.items() if not value <= FEASIBLE}
     if not off:
         return
+    if bad := [name for name in off if not torch.isfinite(params[name]).all()]:
+        raise ValueError(f"parameters {', '.join(map(repr, bad))} are not finite; nothing was changed")
     moving = _subset(geometry, params, off)
     nearest = moving.project({name: params[name] for name in off})
     moving.check_feasible(nearest)
