@@ -470,7 +470,12 @@ class Sharded(torch.Tensor):
         (lambda m: m, RULES, {"weights": {}}, "missing"),
         (lambda m: [("a.weight", torch.nn.Parameter(torch.eye(3).as_subclass(Sharded)))], RULES, {}, "is sharded"),
         (lambda m: [{"params": m}, {"params": m}], RULES, {}, "two groups"),
-        (lambda m: [("0.weight", torch.nn.Parameter(torch.full((3, 2), torch.nan)))], RULES, {}, "'0.weight' are not fin"),
+        (
+            lambda m: [("0.weight", torch.nn.Parameter(torch.ones(3, 2) * torch.nan))],
+            RULES,
+            {},
+            "weight' are not finite",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(params, rules, settings, message):
