@@ -244,6 +244,8 @@ def train(
         except CheckpointError as error:
             other = "" if previous or not (folder / PREVIOUS).exists() else "; --previous takes the one before it"
             raise CheckpointError(f"{error}{other}") from error
+        except ValueError as error:  # the one before it would be refused, too
+            raise UsageError(str(error)) from error
         records = _read_records(folder / "metrics.jsonl")[: trainer.outer_step]
     if first:
         folder.mkdir(parents=True, exist_ok=True)
