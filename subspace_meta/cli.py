@@ -736,6 +736,8 @@ def main() -> None:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    finally:
+        Processes.leave()  # gloo's threads, left running, may abort the interpreter as it ends
     if code == 130:  # what typer, too, makes of Ctrl-C
         _complain(f"stopped{AFTER_STOP.get(next(iter(sys.argv[1:]), ''), '')}")
     sys.exit(code if isinstance(code, int) else 0)
