@@ -27,6 +27,10 @@ class CheckpointError(ValueError):
     """A file cannot be used; the message says which file, what is wrong and what would be right."""
 
 
+class OtherRunError(CheckpointError):
+    """A checkpoint is whole, but not one of this run, as are those before it."""
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

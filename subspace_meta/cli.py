@@ -26,7 +26,7 @@ import torch
 from subspace_kernels import native
 
 from subspace_meta._version import __version__
-from subspace_meta.checkpoint import CheckpointError, load_weights, save_weights, write_atomically
+from subspace_meta.checkpoint import CheckpointError, OtherRunError, load_weights, save_weights, write_atomically
 
 try:
     import typer
@@ -241,11 +241,11 @@ def train(
     if resume and (checkpoint.exists() or previous):  # without one the run was stopped before its first
         try:
             trainer.load(checkpoint)
+        except OtherRunError:
+            raise
         except CheckpointError as error:
             other = "" if previous or not (folder / PREVIOUS).exists() else "; --previous takes the one before it"
             raise CheckpointError(f"{error}{other}") from error
-        except ValueError as error:  # the one before it would be refused, too
-            raise UsageError(str(error)) from error
         records = _read_records(folder / "metrics.jsonl")[: trainer.outer_step]
     if first:
         folder.mkdir(parents=True, exist_ok=True)

@@ -278,8 +278,8 @@ class Riemannian(torch.optim.Optimizer):
         for name, gradient in gradients.items():
             if gradient.is_sparse:
                 raise ValueError(f"the gradient of {name!r} is sparse; a parameter on a manifold needs a dense one")
-        if bad := [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]:
-            raise ValueError(f"the gradients of {', '.join(map(repr, bad))} are not finite; nothing was changed")
+        if bad := _not_finite(gradients):
+            raise ValueError(f"the gradients of {bad} are not finite; nothing was changed")
 
     def check(self, tolerance: float = 1e-3) -> dict[str, float]:
         """Return the constraint violation of every parameter on a manifold.
@@ -466,6 +466,11 @@ def _named_groups(params: Any) -> list[dict[str, Any]]:
     return [{"params": _named(entries)}]
 
 
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the quoted names of the tensors that are not finite, or an empty string."""
+    return ", ".join(repr(name) for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+
+
 @torch.no_grad()
 def _move_to_manifold(geometry: Geometry, params: Mapping[str, Parameter]) -> None:
     """Move parameters that are off their manifolds to the nearest point, and say so."""
@@ -473,8 +478,8 @@ def _move_to_manifold(geometry: Geometry, params: Mapping[str, Parameter]) -> No
     off = {name: value for name, value in violations.items() if not value <= FEASIBLE}
     if not off:
         return
-    if bad := [name for name in off if not torch.isfinite(params[name]).all()]:
-        raise ValueError(f"parameters {', '.join(map(repr, bad))} are not finite; nothing was changed")
+    if bad := _not_finite({name: params[name] for name in off}):
+        raise ValueError(f"the parameters {bad} are not finite")
     moving = _subset(geometry, params, off)
     nearest = moving.project({name: params[name] for name in off})
     moving.check_feasible(nearest)

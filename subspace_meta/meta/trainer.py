@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from subspace_meta.adapter.network import Weights
-from subspace_meta.checkpoint import keep_previous, load_tensors, save_tensors
+from subspace_meta.checkpoint import OtherRunError, keep_previous, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
 from subspace_meta.meta.cost import Cost, entries, predict
 from subspace_meta.meta.distributed import Processes
@@ -380,15 +380,15 @@ class Trainer:
 
         Raises:
             CheckpointError: the file cannot be used.
-            ValueError: the settings or the number of processes differ.
+            OtherRunError: the settings or the number of processes differ.
         """
         tensors, content = load_tensors(path, "training checkpoint")
         mine = json.loads(json.dumps(self.describe()))
         if content["settings"] != mine:
             differing = [key for key in mine if content["settings"].get(key) != mine[key]]
-            raise ValueError(f"{path}: was written by a run with other settings; these differ: {differing}")
+            raise OtherRunError(f"{path}: was written by a run with other settings; these differ: {differing}")
         if content.get("processes") != self.processes.count:
-            raise ValueError(
+            raise OtherRunError(
                 f"{path}: was written by {content.get('processes', 'an unknown number of')} processes, and the inner "
                 f"loops are split over them; go on with as many, not with {self.processes.count}"
             )

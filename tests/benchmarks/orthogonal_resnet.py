@@ -158,17 +158,18 @@ def main() -> None:
     def shown(curve: Curve) -> str:
         return " / ".join(f"{100 * value:.1f}" for value in curve.accuracy.values()) + f" | {curve.training_loss:.4f}"
 
-    ours = {}
+    ours = []
     for preset, setting in LEARNED:
         start = time.process_time()
-        curve = mean([run(preset, functools.partial(learned, preset), setting, False, sets, seed) for seed in SEEDS])
+        make = functools.partial(learned, preset)
+        curve = mean([run(preset, make, setting, False, sets, seed) for seed in SEEDS])
         taken = (time.process_time() - start) / len(SEEDS)
-        ours.setdefault(preset, curve)
+        ours.append(curve)
         words = f"AdamW {setting['others']:g} for the others" if setting else "for every parameter"
         print(f"| **learned, `{preset}`** | | {words} ({taken:.0f} s a run) | {shown(curve)} | |", flush=True)
     for name, cosine in itertools.product(HAND_MADE, (False, True)):
         for step, setting, curve in tuned(name, cosine, sets):
-            there = next((str(s) for s in MARKS if ours["base"].accuracy[s] >= curve.accuracy[step]), "not within 300")
+            there = next((str(s) for s in MARKS if ours[0].accuracy[s] >= curve.accuracy[step]), "not within 300")
             words = ", ".join(f"{key} {value:g}" for key, value in setting.items())
             print(f"| {name}{', cosine' if cosine else ''} | {step} | {words} | {shown(curve)} | {there} |", flush=True)
 

@@ -108,6 +108,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_taken_on_request(tmp
     same(outcome(tmp_path, "one"), expected)
 
 
+def test_a_checkpoint_of_another_run_does_not_point_to_the_one_before(tmp_path, monkeypatch, capsys):
+    for name, seed in (("one", "0"), ("two", "1")):
+        assert command(monkeypatch, tmp_path, "--name", name, "--seed", seed, "--outer-steps", "8") == 0
+    one, two = tmp_path / "runs/one", tmp_path / "runs/two"
+    assert (one / "checkpoint.previous.safetensors").exists()
+    (one / "checkpoint.safetensors").write_bytes((two / "checkpoint.safetensors").read_bytes())
+    capsys.readouterr()
+    assert command(monkeypatch, tmp_path, "--name", "one", "--resume") == 2
+    message = capsys.readouterr().err
+    assert "other settings" in message
+    assert "--previous" not in message
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, tmp_path, "--name", "one", "--outer-steps", "4") == 0
     kept = (tmp_path / "runs/one/checkpoint.safetensors").read_bytes()

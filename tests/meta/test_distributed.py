@@ -89,7 +89,7 @@ def test_a_checkpoint_has_the_parts_of_all(job: tuple[dict, Path]) -> None:
 
 @pytest.mark.usefixtures("double")
 def test_another_number_of_processes_cannot_go_on(job: tuple[dict, Path]) -> None:
-    with pytest.raises(ValueError, match=r"written by 2 processes.*not with 1"):
+    with pytest.raises(sm.CheckpointError, match=r"written by 2 processes.*not with 1"):
         Trainer(SETTINGS).load(job[1])
 
 

@@ -54,7 +54,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(SETTINGS)
     trainer.step()
     trainer.save(tmp_path / "c.safetensors")
-    with pytest.raises(ValueError, match=r"other settings; these differ: \['lr', 'seed'\]"):
+    with pytest.raises(sm.CheckpointError, match=r"other settings; these differ: \['lr', 'seed'\]"):
         Trainer(replace(SETTINGS, lr=1e-2, seed=4)).load(tmp_path / "c.safetensors")
 
 
