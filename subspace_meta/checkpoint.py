@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
 
 
 class OtherRunError(CheckpointError):
-    """A checkpoint is whole, but not one of this run, as are those before it."""
+    """A checkpoint is whole, but another run wrote it: with other settings, or by another number of processes."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:

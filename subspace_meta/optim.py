@@ -478,10 +478,11 @@ def _move_to_manifold(geometry: Geometry, params: Mapping[str, Parameter]) -> No
     off = {name: value for name, value in violations.items() if not value <= FEASIBLE}
     if not off:
         return
-    if bad := _not_finite({name: params[name] for name in off}):
+    start = {name: params[name] for name in off}
+    if bad := _not_finite(start):
         raise ValueError(f"the parameters {bad} are not finite")
     moving = _subset(geometry, params, off)
-    nearest = moving.project({name: params[name] for name in off})
+    nearest = moving.project(start)
     moving.check_feasible(nearest)
     for name, value in nearest.items():
         params[name].copy_(value)
