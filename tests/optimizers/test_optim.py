@@ -14,6 +14,8 @@ import subspace_meta as sm
 from subspace_meta.optim import ProjectionWarning, Riemannian, SubspaceMeta
 
 RULES = {"*.weight": sm.Stiefel()}
+# Stacks of equal shapes and other memory layouts are other operations: units in the last place, over a few steps.
+ROUNDING = 64 * torch.finfo(torch.float64).eps
 NAN = torch.full((3, 2), torch.nan)
 INPUTS, LABELS = normal(40, 7, seed=1), torch.arange(40) % 3
 optimizers = pytest.mark.parametrize("name", [*OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
@@ -76,7 +78,7 @@ def assert_equal(left, right, tolerance=0.0):
 
 
 def functional_run(name, model, steps, lr=1e-2):
-    """Return where the functional optimizer leads: what the shell has to give, bit for bit."""
+    """Return where the functional optimizer leads: what the shell has to give, to rounding."""
     params = {key: value for key, value in values(model).items() if key.endswith("weight")}
     others = {key: value for key, value in values(model).items() if key.endswith("bias")}
     geometry = sm.Geometry.from_rules(params, RULES)
@@ -102,7 +104,7 @@ def test_trajectory_is_that_of_the_functional_optimizer(name):
     model = network()
     expected = functional_run(name, model, 7)
     train(shell(name, model), model, 7)
-    assert_equal({key: values(model)[key] for key in expected}, expected)
+    assert_equal({key: values(model)[key] for key in expected}, expected, ROUNDING)
 
 
 @optimizers
@@ -131,8 +133,9 @@ def test_a_saved_state_is_a_copy():
     saved = optimizer.state_dict()
     before = copy.deepcopy(saved)
     train(optimizer, model, 2)
-    for old, new in zip(before["state"][0][0]["leaves"], saved["state"][0][0]["leaves"], strict=True):
-        assert torch.equal(old, new)
+    assert before["state"].keys() == saved["state"].keys()
+    for number, part in saved["state"].items():
+        assert all(torch.equal(tensor, before["state"][number][key]) for key, tensor in part.items())
 
 
 @learned_and_hand_made
@@ -227,26 +230,43 @@ def test_a_parameter_whose_first_gradient_comes_late_starts_then(name):
     train(optimizer, model, 2)
     optimizer.check()
     saved = optimizer.state_dict()
-    assert [cohort["names"] for cohort in saved["state"][0]] == [["0.weight", "2.weight"], ["4.weight"]]
+    assert [int(saved["state"][number]["cohort"]) for number in range(3)] == [0, 0, 1]
     again = shell(name, model)
     again.load_state_dict(saved)
-    assert [cohort["names"] for cohort in again.state_dict()["state"][0]] == [["0.weight", "2.weight"], ["4.weight"]]
+    assert [int(again.state_dict()["state"][number]["cohort"]) for number in range(3)] == [0, 0, 1]
 
 
 @learned_and_hand_made
-def test_frozen_parameters_are_left_alone_and_can_be_added_later(name):
+def test_frozen_parameters_are_left_alone_and_taken_up_when_they_have_a_gradient(name):
     model = network()
-    model[0].weight.requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5).requires_grad_(False)
     before = values(model)
-    optimizer = shell(name, model)
+    optimizer = shell(name, model)  # no warning: frozen weights are not moved
     train(optimizer, model, 2)
     assert torch.equal(values(model)["0.weight"], before["0.weight"])
+    assert not torch.equal(values(model)["2.weight"], before["2.weight"])
     model[0].weight.requires_grad_(True)
-    optimizer.add_param_group({"params": [("0.weight", model[0].weight)], "lr": 0.5})
+    with pytest.warns(ProjectionWarning, match=r"0\.weight") as caught:
+        train(optimizer, model, 2)
+    assert caught[0].filename == __file__
+    assert (values(model)["0.weight"] - before["0.weight"] / 1.5).abs().max() > 1e-4
+    optimizer.check(1e-10)
+
+
+def test_parameters_may_be_added_later():
+    model = network()
+    head = [("4.weight", model[4].weight)]
+    optimizer = shell("RAdam", [(n, p) for n, p in model.named_parameters() if not n.startswith("4")])
     train(optimizer, model, 2)
-    assert not torch.equal(values(model)["0.weight"], before["0.weight"])
-    assert [group.get("names") for group in optimizer.param_groups][:2] == [["2.weight", "4.weight"], ["0.weight"]]
+    before = values(model)
+    optimizer.add_param_group({"params": head, "lr": 0.5, "betas": (0.5, 0.9)})
+    train(optimizer, model, 2)
+    assert not torch.equal(values(model)["4.weight"], before["4.weight"])
+    names = [group.get("param_names") for group in optimizer.param_groups]
+    assert names == [["0.weight", "2.weight"], ["4.weight"], ["0.bias", "2.bias"]]
     assert optimizer.param_groups[1]["lr"] == 0.5
+    assert optimizer.param_groups[1]["betas"] == (0.5, 0.9)
     optimizer.check()
 
 
@@ -431,7 +451,7 @@ def test_others_may_be_any_torch_optimizer_or_none():
     everything = shell("base", network(), others=None)
     assert everything.others is None
     assert len(everything.param_groups) == 1
-    assert len(everything.param_groups[0]["names"]) == 6
+    assert len(everything.param_groups[0]["param_names"]) == 6
     before = values(model)
     train(sgd, model, 1)
     assert not torch.equal(values(model)["0.bias"], before["0.bias"])
