@@ -47,12 +47,14 @@ class Cohort:
         state: what it keeps.
         units: factor of each parameter's gradient, a power of two; 0: not chosen yet, no gradient was different from 0.
         norms: of the parameters after the last step; others mean that somebody moved them. None: nothing was stepped.
+        free: options, and whether they were on, that were found to need no other state.
     """
 
     optimizer: Any
     state: Any
     units: dict[str, float] = field(default_factory=dict)
     norms: Tensor | None = None
+    free: set[tuple[str, bool]] = field(default_factory=set)
 
     @property
     def geometry(self) -> Geometry:
@@ -75,19 +77,23 @@ class Cohort:
         if not different:
             return
         optimizer = dataclasses.replace(self.optimizer, **different)
-        switched = [k for k, v in different.items() if k != "lr" and bool(v) != bool(getattr(self.optimizer, k))]
-        if switched and not _alike(optimizer.init(_on_manifolds(self.geometry, params)), self.state):
-            raise ValueError(
-                f"{switched[0]}={different[switched[0]]!r} needs a state that was not kept so far; choose it at "
-                "construction, or make a new optimizer"
-            )
+        for key, value in different.items():
+            if key != "lr" and (key, bool(value)) not in self.free:
+                points = _on_manifolds(self.geometry, params)
+                starts = [one.init(points) for one in (self.optimizer, dataclasses.replace(optimizer, **{key: value}))]
+                if not _alike(*starts):
+                    raise ValueError(
+                        f"{key}={value!r} needs a state that was not kept so far: it is chosen at construction, or for "
+                        "a new parameter group"
+                    )
+                self.free.add((key, bool(value)))
         self.optimizer = optimizer
 
     def scaled(self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Return the gradients, multiplied by their units where the optimizer sees ratios only.
 
-        A power of two changes no digit; without it squares of entries beyond 1e19 would overflow in float32, and those
-        below 1e-19 vanish. The guarded optimizer's safe steps are plain gradient steps, so it takes gradients as they are.
+        A power of two changes no digit; without it squares of entries beyond 1e19 would overflow in float32, and
+        those below 1e-19 vanish. The guarded optimizer's safe steps are plain gradient steps: no unit there.
         """
         if not isinstance(self.optimizer, SubspaceOptimizer) or self.optimizer.guarded:
             return dict(grads)
@@ -122,10 +128,10 @@ def loaded(optimizer: Any, params: Mapping[str, Tensor], parts: Mapping[str, Map
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Return whether two states have the same fields and shapes."""
+    """Return whether two states are equal."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_alike, one, other))
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 
 
 def _on_manifolds(geometry: Geometry, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,13 +147,20 @@ def _units(geometry: Geometry, grads: Mapping[str, Any], params: Mapping[str, Te
     for parameter in geometry.parameters:
         if parameter.name in grads:
             x, g = (parameter.view.to_matrix(tensor[parameter.name]) for tensor in (params, grads))
-            r = parameter.manifold.coordinates(x, parameter.manifold.riemannian_gradient(x, g))
+            # First the Euclidean gradient near 1: what follows must not leave the range either.
+            unit = 1.0 / _power_of_two(float(g.abs().amax()))
+            r = parameter.manifold.coordinates(x, parameter.manifold.riemannian_gradient(x, g.to(x) * unit))
             largest = float(r.abs().amax())
             low, high = COMFORTABLE
-            ordinary = largest == 0.0 or low <= largest <= high or not math.isfinite(largest)
-            # 0 stays open; what is not finite is refused elsewhere.
-            units[parameter.name] = float(largest != 0.0) if ordinary else 2.0 ** -math.frexp(largest)[1]
+            comfortable = low <= largest / unit <= high
+            # 0 stays open: there is nothing to go by.
+            units[parameter.name] = 0.0 if largest == 0.0 else 1.0 if comfortable else unit / _power_of_two(largest)
     return units
+
+
+def _power_of_two(x: float) -> float:
+    """Return the power of two next above a positive number; 1 for others."""
+    return 2.0 ** math.frexp(x)[1] if 0.0 < x < math.inf else 1.0
 
 
 def subset(geometry: Geometry, params: Mapping[str, Tensor], names: Collection[str]) -> Geometry:

@@ -35,9 +35,8 @@ def named(params: Any) -> list[tuple[str, Parameter]]:
         found = []
         for entry in params.items() if isinstance(params, Mapping) else params:
             if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-                raise ValueError(
-                    f"rules need names: give the module, or model.named_parameters(), not {type(entry).__name__} objects"
-                )
+                kind = type(entry).__name__
+                raise ValueError(f"rules need names: give the module, or model.named_parameters(), not {kind} objects")
             found.append((plain(entry[0], wrapped=False), entry[1]))
     for name, p in found:
         if is_lazy(p):

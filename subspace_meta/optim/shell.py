@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from subspace_meta.manifolds import Euclidean, Manifold
 from subspace_meta.optim import cohorts, states
 from subspace_meta.optim.cohorts import Cohort
 from subspace_meta.optim.names import named, named_groups, plain
-from subspace_meta.optim.options import PARAMETERS, changed, options, refuse_unknown
+from subspace_meta.optim.options import HINTS, PARAMETERS, changed, options, refuse_unknown
 from subspace_meta.optimizers.base import Optimizer
 
 Rules = Mapping[str, Manifold | Rule]
@@ -183,7 +183,7 @@ class Riemannian(torch.optim.Optimizer):
             geometry.check_points({name: members[name] for name in names})
             own_options = self._options_of(geometry, members[names[0]], given, rest=bool(known))
         else:
-            refuse_unknown(given, known, type(self._others).__name__ if self._others else "the other optimizer", rest)
+            refuse_unknown(given, known, getattr(self._make_others, "__name__", "the other optimizer"), list(rest))
         for key in given.keys() - own_options.keys():
             refuse_unknown([key], known, self._make.name, list(members))
         if names:
@@ -201,8 +201,8 @@ class Riemannian(torch.optim.Optimizer):
 
     def _options_of(self, geometry: Geometry, like: Tensor, given: dict[str, Any], rest: bool) -> dict[str, Any]:
         """Return all options of a group of this optimizer; it is made once, so that it can refuse their values."""
-        if given.get("weight_decay"):
-            refuse_unknown(["weight_decay"], self.defaults, self._make.name, geometry.names)
+        # Also where the other optimizer knows them: half of a group would not be what is asked for.
+        refuse_unknown([key for key in HINTS if given.get(key)], self.defaults, self._make.name, geometry.names)
         probe = self._make(geometry, like=like, **self.defaults)
         self.defaults = {**self.defaults, **options(probe)}
         own = {key: value for key, value in given.items() if key in self.defaults}
@@ -289,7 +289,7 @@ class Riemannian(torch.optim.Optimizer):
                     cohorts.bring_to_manifolds(some, points, self._project, cohort.tolerance)
                     cohorts.keep_tangent(cohort, params)
                 work.append(_Work(cohort, params, cohort.scaled(grads, params)))
-        if work and loss is None and self.defaults.get("guarded"):
+        if loss is None and any(getattr(one.cohort.optimizer, "guarded", False) for one in work):
             raise ValueError("guarded=True watches the loss: give it, step(closure) or step(loss=loss)")
         return work
 
@@ -327,7 +327,7 @@ class Riemannian(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _acceptable(self, results: list[_Result]) -> bool:
         """Return whether all results are finite, so that the step is taken."""
-        for (work, moved, state) in results if self._check else ():
+        for work, moved, state in results if self._check else ():
             leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
             if cohorts.all_finite((*moved.values(), *leaves)):
                 continue
@@ -370,18 +370,18 @@ class Riemannian(torch.optim.Optimizer):
     # --- State, saving and loading ---
 
     @property
-    def state(self) -> MutableMapping[Any, Any]:  # type: ignore[override]  # torch keeps a plain attribute
+    def state(self) -> defaultdict[Any, Any]:  # torch keeps a plain attribute
         """The state of every parameter that has one, as torch lays it out: ``state[parameter]`` is a dict of tensors.
 
         Made from the functional state when it is asked for. Its tensors are views, so values can be changed in place;
         another dict has to be assigned as a whole: ``optimizer.state = {}`` starts anew.
         """
-        found: MutableMapping[Any, Any] = defaultdict(dict)
+        found: defaultdict[Any, Any] = defaultdict(dict)
         for own, _, members in self._own() if hasattr(self, "_groups") else ():
             for number, cohort in enumerate(own.cohorts):
                 found.update({members[name]: part for name, part in cohort.saved(number).items()})
-        if getattr(self, "_others", None) is not None:
-            found.update(self._others.state)  # type: ignore[union-attr]
+        if (others := getattr(self, "_others", None)) is not None:
+            found.update(others.state)
         return found
 
     @state.setter
@@ -399,7 +399,7 @@ class Riemannian(torch.optim.Optimizer):
         saved: dict[str, Any] = pytree.tree_map(_cloned, super().state_dict())
         return saved
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; tensors are brought to the parameters' device and dtype.
 
         Names count without the prefixes of compiled (``_orig_mod.``) and replicated (``module.``) modules.

@@ -105,7 +105,7 @@ def join(parts: Mapping[str, Mapping[str, Tensor]], like: Any, geometry: Geometr
         wanted = {key: tuple(tensor.shape) for key, tensor in part.items()}
         if given != wanted:
             raise ValueError(
-                f"the state of {name!r} is of another optimizer or of other settings: it has {given}, needed are {wanted}"
+                f"the state of {name!r} is of another optimizer or of other settings: it has {given}, not {wanted}"
             )
     places, layout = _places(geometry)
 
@@ -143,7 +143,7 @@ def _rebuilt(state: Any, fill: Callable[[str, Any], Any], prefix: str = "") -> A
 
 
 def with_tangents(state: Any, change: Callable[[int, Tensor], Tensor]) -> Any:
-    """Return the state with every tangent buffer, the fields called ``momentum``, changed: ``change(group, buffer)``."""
+    """Return the state with ``change(group, buffer)`` of every tangent buffer: the fields called ``momentum``."""
 
     def fill(name: str, value: Any) -> Any:
         if name.split(".")[-1] != "momentum":

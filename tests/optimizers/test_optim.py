@@ -5,76 +5,31 @@ import io
 import pickle
 from functools import partial
 
+import optim_models
 import pytest
 import torch
-from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, lively_weights, make_optimizer, normal
+from making import make_optimizer, normal
+from optim_models import (
+    INPUTS,
+    LABELS,
+    ROUNDING,
+    RULES,
+    assert_equal,
+    learned_and_hand_made,
+    loss_of,
+    network,
+    optimizers,
+    shell,
+    train,
+    values,
+    without_gradient,
+)
 from torch.nn import functional
 
 import subspace_meta as sm
-from subspace_meta.optim import ProjectionWarning, Riemannian, SubspaceMeta
+from subspace_meta.optim import ProjectionWarning, SubspaceMeta
 
-RULES = {"*.weight": sm.Stiefel()}
-# Stacks of equal shapes and other memory layouts are other operations: units in the last place, over a few steps.
-ROUNDING = 64 * torch.finfo(torch.float64).eps
 NAN = torch.full((3, 2), torch.nan)
-INPUTS, LABELS = normal(40, 7, seed=1), torch.arange(40) % 3
-optimizers = pytest.mark.parametrize("name", [*OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
-learned_and_hand_made = pytest.mark.parametrize("name", ["base", "RAdam"])
-
-
-def named(name, dtype, geometry, lr):
-    return make_optimizer(name, geometry, dtype, lr)
-
-
-def network(seed=0, dtype=torch.float64):
-    """Return a network that starts on its manifolds: two equal matrices, a wide one, biases."""
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(7, 5),
-        torch.nn.Tanh(),
-        torch.nn.Linear(5, 7),
-        torch.nn.Tanh(),
-        torch.nn.Linear(7, 3),
-    ).to(dtype)
-    for module in model:
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.orthogonal_(module.weight)
-    return model
-
-
-def shell(name, params, rules=RULES, dtype=torch.float64, **settings):
-    if name == "base":
-        settings.setdefault("weights", lively_weights())
-        return SubspaceMeta(params, rules, **settings)
-    lr = settings.pop("lr", 1.0 if name == "paper" else 1e-2)
-    return Riemannian(params, rules, partial(named, name, dtype), lr, **settings)
-
-
-def loss_of(model, share=slice(None)):
-    dtype = model[0].weight.dtype
-    return functional.cross_entropy(model(INPUTS[share].to(dtype)), LABELS[share])
-
-
-def train(optimizer, model, steps, change_gradients=lambda: None):
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        change_gradients()
-        optimizer.step()
-
-
-def without_gradient(parameter):
-    return partial(setattr, parameter, "grad", None)
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_equal(left, right, tolerance=0.0):
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def functional_run(name, model, steps, lr=1e-2):
@@ -249,7 +204,7 @@ def test_frozen_parameters_are_left_alone_and_taken_up_when_they_have_a_gradient
     model[0].weight.requires_grad_(True)
     with pytest.warns(ProjectionWarning, match=r"0\.weight") as caught:
         train(optimizer, model, 2)
-    assert caught[0].filename == __file__
+    assert caught[0].filename == optim_models.__file__
     assert (values(model)["0.weight"] - before["0.weight"] / 1.5).abs().max() > 1e-4
     optimizer.check(1e-10)
 
@@ -349,8 +304,11 @@ def test_guarded_asks_for_the_loss():
         optimizer.step()
     optimizer.step(loss=loss_of(model))
     saved = optimizer.state_dict()
-    with pytest.raises(ValueError, match="another optimizer"):
-        shell("base", model).load_state_dict(saved)
+    loaded = shell("base", model)
+    loaded.load_state_dict(saved)  # options are saved, as by torch's optimizers
+    with pytest.raises(ValueError, match="loss"):
+        loaded.step()
+    loaded.step(loss=loss_of(model))
 
 
 def test_tied_weights_are_one_parameter():
@@ -439,7 +397,7 @@ def test_the_nearest_point_is_taken_or_the_start_refused():
         refusing.step()
     with pytest.warns(ProjectionWarning, match=r"0\.weight") as caught:
         shell("base", model)
-    assert caught[0].filename == __file__
+    assert caught[0].filename == optim_models.__file__
     left, _, right = torch.linalg.svd(off, full_matrices=False)
     torch.testing.assert_close(model[0].weight.detach(), left @ right)
 
@@ -499,20 +457,33 @@ def test_what_is_wrong_is_said(params, rules, settings, message):
         shell("base", params(network()), rules, **settings)
 
 
+def changed_state(saved, number=0, **fields):
+    return {**saved, "state": {**saved["state"], number: {**saved["state"][number], **fields}}}
+
+
 def test_a_state_that_does_not_fit_is_refused_and_nothing_changed():
     model = network()
     optimizer = shell("base", model)
     train(optimizer, model, 2)
     saved = optimizer.state_dict()
-    for change, message in (
-        ({"format": 99}, "no state_dict"),
-        ({"others": None}, "only one"),
-        ({"param_groups": [{"names": ["x"], "lr": 1.0}]}, "groups"),
+    fewer = {**saved, "param_groups": saved["param_groups"][:1]}
+    other_names = copy.deepcopy(saved)
+    other_names["param_groups"][0]["param_names"][1] = "other.weight"
+    without_cohort = {key: value for key, value in saved["state"][0].items() if key != "cohort"}
+    for wrong, message in (
+        ({"state": [], "param_groups": [], "format": 1}, "a version before"),
+        (fewer, "the groups are"),
+        (other_names, r"other\.weight"),
+        ({**saved, "state": {**saved["state"], 0: without_cohort}}, "'0.weight' is of another optimizer"),
+        (changed_state(saved, momentum=torch.zeros(2, 2)), "'0.weight' is of another optimizer"),
+        (changed_state(saved, step=torch.tensor(7.0, dtype=torch.float64)), "disagree about 'step'"),
+        (torch.optim.AdamW(model.parameters()).state_dict(), "no param_names"),
+        (shell("RAdam", network()).state_dict(), "another optimizer.*'betas'"),
     ):
         with pytest.raises(ValueError, match=message):
-            optimizer.load_state_dict({**saved, **change})
-    with pytest.raises(ValueError, match="no state_dict"):
-        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+            optimizer.load_state_dict(wrong)
+        kept = optimizer.state_dict()
+        assert all(torch.equal(kept["state"][0][key], value) for key, value in saved["state"][0].items())
     hand_made = shell("RAdam", network())
     with pytest.raises(ValueError, match="another optimizer"):
         hand_made.load_state_dict(saved)
