@@ -174,8 +174,8 @@ def subset(geometry: Geometry, params: Mapping[str, Tensor], names: Collection[s
 
 
 def norms_of(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the Frobenius norms of tensors on one device: equal bits for equal values."""
-    return torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors))])
+    """Return the Frobenius norms of tensors of one device and dtype: equal bits for equal values."""
+    return torch.stack(torch._foreach_norm(list(tensors)))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -185,10 +185,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all entries are finite; a norm is, unless an entry is not or a square overflows."""
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if not tensors or bool(torch.isfinite(torch.stack([n.double().cpu() for n in torch._foreach_norm(tensors)])).all()):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return all(
+        bool(torch.isfinite(norms_of(some)).all()) or all(bool(torch.isfinite(tensor).all()) for tensor in some)
+        for some in alike.values()
+    )
 
 
 def moved_by_others(cohort: Cohort, params: Mapping[str, Tensor]) -> list[str]:

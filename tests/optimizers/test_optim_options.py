@@ -142,7 +142,7 @@ def test_options_reach_the_other_parameters_of_a_group():
     biases = [(name, p) for name, p in network().named_parameters() if name.endswith("bias")]
     rest = shell("RAdam", [{"params": [("0.weight", model[0].weight)]}, {"params": biases, "weight_decay": 0.3}])
     assert rest.param_groups[1]["weight_decay"] == 0.3
-    with pytest.raises(ValueError, match="'variant' is no option of AdamW.*there are amsgrad, betas"):
+    with pytest.raises(ValueError, match=r"'variant' is no option of AdamW.*there are amsgrad, betas"):
         shell("RAdam", [{"params": [("0.weight", model[0].weight)]}, {"params": biases, "variant": "L"}])
 
 

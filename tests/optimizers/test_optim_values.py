@@ -85,24 +85,21 @@ def test_no_scale_poisons_a_hand_made_optimizer(kind, scale):
             continue
         model = Linear(manifold, shape)
         optimizer = Riemannian(model, {"x": manifold}, kind, lr=1e-2)
-        taken = refused = 0
+        refuses = scale > 2.0**60 and kind in (sm.RAdam, sm.RASA, sm.CRMSProp)
         for step in range(6):
             optimizer.zero_grad()
             model().backward()
+            before = model.x.detach().clone()
             if step == 2:
                 model.x.grad *= scale
-            before = model.x.detach().clone()
-            try:
-                optimizer.step()
-                taken += 1
-            except ValueError as error:
-                assert "'x' would not be finite" in str(error)
+            if step == 2 and refuses:
+                with pytest.raises(ValueError, match="'x' would not be finite"):
+                    optimizer.step()
                 assert torch.equal(model.x, before)
-                refused += 1
+            else:
+                optimizer.step()
             assert torch.isfinite(model.x).all()
             assert all(torch.isfinite(t).all() for part in optimizer.state.values() for t in part.values())
-        assert taken >= 5
-        assert refused or scale < 2.0**67 or kind in (sm.RSGD, sm.SPEL, sm.Landing, sm.POGO)
         if kind in (sm.RASA, sm.CRMSProp) and scale == 2.0**33:
             continue  # by their formulas they move no more for long after a gradient so large
         last = model.x.detach().clone()

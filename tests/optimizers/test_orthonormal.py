@@ -370,9 +370,11 @@ def test_seeds_make_tasks_of_a_vmap_different():
 
     together = torch.func.vmap(moved)(torch.arange(4))
     for seed in range(4):
-        assert torch.equal(together[seed], moved(torch.tensor(seed)))
+        # A batched product rounds otherwise than a single one; another draw of rows would be far away.
+        by_state = moved(torch.tensor(seed))
+        torch.testing.assert_close(together[seed], by_state, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
         alone = sm.RSDM(geometry, 0.3, size=3, seed=seed)
-        assert torch.equal(together[seed], alone.update(grads, alone.init(params), params)[0]["x"])
+        assert torch.equal(by_state, alone.update(grads, alone.init(params), params)[0]["x"])
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
