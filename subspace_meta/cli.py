@@ -520,10 +520,16 @@ def make_archive(
         typer.Option("--archive", "--folder", help="Where it lies.  [default: the one that ships]", show_default=False),
     ] = archive.FOLDER,
     jobs: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
+    again: Annotated[
+        bool, typer.Option("--again", help="Tune stale ones anew, without looking whether their numbers still hold.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing or stale.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Tune every baseline on every task, where that is missing or was done by other code; hours, goes on if stopped."""
+    """Tune every baseline on every task, where that is missing or was done by other code; hours, goes on if stopped.
+
+    What other code has tuned is first run for 50 steps, and kept if these are what was measured.
+    """
     chosen = [b for b in BASELINES if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
     if not chosen:
         raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in BASELINES)}")
@@ -539,8 +545,11 @@ def make_archive(
     folder.mkdir(parents=True, exist_ok=True)
     with live.progress(console, quiet) as progress:
         bar = progress.add_task("tuning", total=len(todo), note="")
-        for task, baseline, _ in archive.regenerate(todo, jobs, folder):
+        kept = 0
+        for task, baseline, _, confirmed in archive.regenerate(todo, jobs, folder, not again):
+            kept += confirmed
             progress.update(bar, advance=1, note=f"{task.row[:30]}: {baseline.name}")
+    typer.echo(f"tuned: {len(todo) - kept}, found as they were: {kept}")
 
 
 @app.command("memory")
