@@ -413,8 +413,8 @@ class Riemannian(torch.optim.Optimizer):
             state_dict = state_dict if other is None else other
         if not (isinstance(state_dict.get("state"), dict) and isinstance(state_dict.get("param_groups"), list)):
             raise ValueError(
-                "this is no state_dict of this optimizer, or one of a version before 0.2: it has no "
-                "dict 'state' and list 'param_groups'"
+                "this is no state_dict of this optimizer, or one in an earlier layout: it has no dict 'state' and list "
+                "'param_groups'"
             )
         groups = pytree.tree_map(_cloned, state_dict["param_groups"])
         self._check_names(groups)

@@ -471,7 +471,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changed():
     other_names["param_groups"][0]["param_names"][1] = "other.weight"
     without_cohort = {key: value for key, value in saved["state"][0].items() if key != "cohort"}
     for wrong, message in (
-        ({"state": [], "param_groups": [], "format": 1}, "a version before"),
+        ({"state": [], "param_groups": [], "format": 1}, "an earlier layout"),
         (fewer, "the groups are"),
         (other_names, r"other\.weight"),
         ({**saved, "state": {**saved["state"], 0: without_cohort}}, "'0.weight' is of another optimizer"),
