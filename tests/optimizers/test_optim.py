@@ -450,6 +450,8 @@ class Sharded(torch.Tensor):
         (lambda m: [("a.weight", torch.nn.Parameter(torch.eye(3).as_subclass(Sharded)))], RULES, {}, "is sharded"),
         (lambda m: [{"params": m}, {"params": m}], RULES, {}, "two groups"),
         (lambda m: [("0.weight", torch.nn.Parameter(NAN))], RULES, {}, "weight' are not finite"),
+        (lambda m: torch.nn.Sequential(torch.nn.LazyLinear(3)), RULES, {}, "'0.weight' of a lazy module has no shape"),
+        (lambda m: [{"params": []}, {"params": m}], RULES, {}, "group has no parameters"),
     ],
 )
 def test_what_is_wrong_is_said(params, rules, settings, message):
