@@ -386,6 +386,7 @@ class Riemannian(torch.optim.Optimizer):
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
+        """Take another state, of this layout; an empty one starts anew."""
         if not state and not getattr(self, "_groups", None):
             return  # torch's constructor
         self._take_state(state, [group for _, group, _ in self._own()])
