@@ -12,6 +12,7 @@ the point's type first, and answers in it.
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 from torch import Tensor
@@ -173,16 +174,29 @@ def without_rounding(gradient: Tensor, euclidean_gradient: Tensor) -> Tensor:
     by the gradient's size. Sizes are Frobenius norms; two passes over the inputs, nothing is copied.
     """
 
-    def squared_norm(a: Tensor) -> Tensor:
-        return euclidean_inner(a, a)[..., None, None]
-
-    whole = squared_norm(euclidean_gradient.to(gradient.dtype))
+    whole, rest = euclidean_gradient.to(gradient.dtype), gradient
     threshold = (ROUNDING_UNITS * torch.finfo(gradient.dtype).eps) ** 2
-    # A gradient that is not finite, or whose square is not, goes on as it is.
-    lost = (squared_norm(gradient) <= threshold * whole) & torch.isfinite(whole)
-    if known_true(~lost):
+    squared = euclidean_inner(rest, rest)
+    # The usual way out. What follows gives the same, and is exact where squares overflow or vanish, too.
+    if known_true((squared > threshold * euclidean_inner(whole, whole)) & torch.isfinite(squared)):
         return gradient
-    return torch.where(lost, torch.zeros_like(gradient), gradient)
+    scale = 1.0 / power_of_two(whole)
+    whole, rest = whole * scale, rest * scale
+    size = euclidean_inner(whole, whole)
+    # A gradient that is not finite goes on as it is.
+    lost = (euclidean_inner(rest, rest) <= threshold * size) & torch.isfinite(size)
+    return torch.where(lost[..., None, None], torch.zeros_like(gradient), gradient)
+
+
+def power_of_two(a: Tensor) -> Tensor:
+    """Return the power of two up to the largest absolute entry, a constant ``(..., 1, 1)``: dividing by it is exact.
+
+    1 for a matrix that is 0; 1/4 of the largest power, at most, so that its inverse is a normal number.
+    """
+    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    exponent = torch.where(largest == 0, 1.0, largest).log2().floor()
+    top = math.floor(math.log2(torch.finfo(a.dtype).max))
+    return torch.exp2(exponent.clamp(-top + 1, top - 2))
 
 
 def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Tensor:

@@ -21,9 +21,16 @@ from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, ran
 
 @dataclass(frozen=True)
 class Grassmann(Manifold):
-    """Subspaces spanned by the columns of an orthonormal matrix. Projection transport."""
+    """Subspaces spanned by the columns of an orthonormal matrix. Projection transport.
+
+    Steps of the retraction are no longer than to where a subspace would come nearer again.
+    """
 
     retraction: OrthonormalRetraction = field(default=PolarNewtonSchulz())
+    _bounded: OrthonormalRetraction = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_bounded", self.retraction.on_grassmann())
 
     @property
     def retraction_order(self) -> float:
@@ -54,7 +61,7 @@ class Grassmann(Manifold):
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction."""
-        return self.retraction(x, v)
+        return self._bounded(x, v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Take the horizontal part at ``y``."""

@@ -9,12 +9,16 @@ retraction            order (embedded, canonical  steps longer than this are    
                       metric, Grassmann, SO(n))   shortened to it               additions
 ====================  ==========================  ============================  ===================================
 CholeskyQR            1, 1, 2, 1                  |V|_F = 10                    4dp^2 + p^3 (p >= 256: 5/2 dp^2)
-HouseholderQR         1, 1, 2, 1                  none                          4dp^2, in LAPACK's slower kernels
+HouseholderQR         1, 1, 2, 1                  |V|_F = 10                    4dp^2, in LAPACK's slower kernels
 PolarNewtonSchulz     2, 1, 2, 2                  |V|_2 = 2                     6dp^2 + 18p^3 (float64: 24p^3)
-Cayley                1, 2, 2, 2                  |V|_2 = 10                    14dp^2 + 2p^3; d = p: 13p^3
-Geodesic              exact in its metric         |V|_2 = 10                    16dp^2 and exp of 2p x 2p; d = p:
+Cayley                1, 2, 2, 2                  |V|_2 = 10, Grassmann: 2      14dp^2 + 2p^3; d = p: 13p^3
+Geodesic              exact in its metric         |V|_2 = pi, Grassmann: pi/2   16dp^2 and exp of 2p x 2p; d = p:
                                                                                 6p^3 and exp of p x p
 ====================  ==========================  ============================  ===================================
+
+No bound lies beyond the point where the curve turns back: a longer step never ends nearer to the start than a shorter
+one along the same ray. In a plane, a step of length s turns by s on a geodesic, by 2 atan(s/2) with Cayley, by atan(s)
+with the others; two subspaces are at most pi/2 apart, so on Grassmann the first two have tighter bounds.
 
 CholeskyQR and PolarNewtonSchulz work on the real Gram matrix K = (X+V)^T (X+V), which equals I + V^T V for a tangent V.
 Taking K instead of assuming that identity makes every step remove the error the last ones left. In finite precision K
@@ -34,12 +38,14 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import (
     divide_by_lower,
     euclidean_inner,
@@ -67,6 +73,10 @@ class OrthonormalRetraction(abc.ABC):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Retract the tangent ``v`` at ``x``, both ``(..., d, p)``."""
 
+    def on_grassmann(self) -> OrthonormalRetraction:
+        """Return the retraction with its bound no further than where a subspace would come nearer again."""
+        return self
+
 
 def positive_qr(y: Tensor) -> Tensor:
     """Return the orthonormal factor of ``y = QR`` by Householder reflections, with R's diagonal not negative."""
@@ -88,12 +98,34 @@ def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
     return limit / squared_norm.clamp(min=limit)
 
 
+# Far above every bound and far below where the square of a norm overflows, in float32.
+_HUGE = 2.0**40
+
+
+def _without_huge(v: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return V and ``squares(V)``; a step so long that these overflow is first brought to |V|_F = 2^40.
+
+    Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
+    """
+    squared = squares(v)
+    if known_true(torch.isfinite(squared)):
+        return v, squared
+    norm = torch.linalg.vector_norm(v.detach(), dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
+    return v, squares(v)
+
+
+def _squared_frobenius(v: Tensor) -> Tensor:
+    return euclidean_inner(v, v)[..., None, None]
+
+
 def _shortened(v: Tensor, max_norm: float) -> Tensor:
     """Return ``v``, or sv with spectral norm at most ``max_norm`` where ``v`` may be longer. 2dp^2 flops.
 
     |V|_2 is bounded by :func:`~subspace_meta.manifolds.base.spectral_bound` of V^T V: never too small.
     """
-    return v * _squared_scale(spectral_bound(gram(v)), max_norm).sqrt()
+    v, inner = _without_huge(v, gram)
+    return v * _squared_scale(spectral_bound(inner), max_norm).sqrt()
 
 
 @dataclass(frozen=True)
@@ -112,8 +144,7 @@ class CholeskyQR(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return (X+V) L^{-T} with L L^T = (X+V)^T (X+V)."""
-        v = v.to(x.dtype)
-        squared_norm = euclidean_inner(v, v)[..., None, None]
+        v, squared_norm = _without_huge(v.to(x.dtype), _squared_frobenius)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
         factor = torch.linalg.cholesky_ex(gram(y)).L
@@ -126,19 +157,21 @@ class CholeskyQR(OrthonormalRetraction):
 
 @dataclass(frozen=True)
 class HouseholderQR(OrthonormalRetraction):
-    """The same QR retraction by LAPACK's Householder reflections: no bound on the step.
+    """The same QR retraction by LAPACK's Householder reflections.
 
-    The float32 orthonormality error is below 1e-6 at every length, rank-deficient steps included. Its derivative
-    solves with R, so that is accurate to about eps (1 + |V|^2) only; where steps may be long and derivatives matter,
-    take a retraction that shortens them.
+    Steps with Frobenius norm above ``max_norm`` are shortened to it: where |V| is large, X is lost in the sum, and the
+    result is only as good as eps (1 + |V|^2), its derivative too. The float32 orthonormality error is below 1e-6 at every
+    length, rank-deficient steps included.
     """
 
+    max_norm: float = 10.0
     order = 1
     grassmann_order = 2
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthonormal factor of X+V."""
-        return positive_qr(x + v.to(x.dtype))
+        v, squared_norm = _without_huge(v.to(x.dtype), _squared_frobenius)
+        return positive_qr(torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v))
 
 
 # The polynomials q_k(r) = sum_{j<=k} binom(2j, j) (r/4)^j are the Taylor sections of (1-r)^{-1/2}. The iteration
@@ -246,8 +279,8 @@ class PolarNewtonSchulz(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthogonal polar factor of X+V."""
-        v = v.to(x.dtype)
-        squared_norm = spectral_bound(gram(v))
+        v, inner = _without_huge(v.to(x.dtype), gram)
+        squared_norm = spectral_bound(inner)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # The limit does not depend on the centre 1 + h, so its derivative is left out.
         half_width = 0.5 * squared_norm.detach().clamp(max=self.max_norm**2)
@@ -288,11 +321,14 @@ class Cayley(OrthonormalRetraction):
     grassmann_order = 2
     rotation_order = 2
 
+    def on_grassmann(self) -> Cayley:
+        """Return it with steps up to 2, where 2 atan(s/2) is pi/2."""
+        return Cayley(min(self.max_norm, 2.0))
+
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the Cayley transform of W applied to X, polished."""
-        v = v.to(x.dtype)
+        v, inner = _without_huge(v.to(x.dtype), gram)
         identity = identity_like(x)
-        inner = gram(v)
         squared_scale = _squared_scale(spectral_bound(inner), self.max_norm)
         scale = squared_scale.sqrt()
         a = scale * skew_part(x.mT @ v)
@@ -350,16 +386,25 @@ class Geodesic(OrthonormalRetraction):
     """The exponential map of the embedded or of the canonical metric, with steps above ``max_norm`` shortened.
 
     On Grassmann, SO(n) and O(n) the two are the same. Several times the cost of the others; it ends with the polish.
+
+    Raises:
+        ValueError: the metric is neither, or ``max_norm`` is not in (0, pi]: beyond, a geodesic comes back.
     """
 
     metric: Literal["embedded", "canonical"] = "embedded"
-    max_norm: float = 10.0
+    max_norm: float = math.pi
     grassmann_order = math.inf
     rotation_order = math.inf
 
     def __post_init__(self) -> None:
         if self.metric not in ("embedded", "canonical"):
             raise ValueError(f"metric must be 'embedded' or 'canonical', got {self.metric!r}")
+        if not 0.0 < self.max_norm <= math.pi:
+            raise ValueError(f"max_norm must be in (0, pi], beyond which a geodesic comes back; got {self.max_norm}")
+
+    def on_grassmann(self) -> Geodesic:
+        """Return it with steps up to pi/2."""
+        return Geodesic(self.metric, min(self.max_norm, math.pi / 2))
 
     @property
     def order(self) -> float:  # type: ignore[override]

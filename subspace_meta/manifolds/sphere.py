@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
 
 MATRIX = (-2, -1)
@@ -27,6 +28,23 @@ def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 def normalized(y: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return Y divided by its norm along ``dim``."""
     return y * dot(y, y, dim).rsqrt()
+
+
+# Far above every bound of a step, and far below where its square overflows in float32.
+_HUGE = 2.0**40
+
+
+def _without_huge(v: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return V and its squared norm along ``dim``; a step whose square overflows is first brought to the length 2^40.
+
+    Its direction is all that counts there, so the factor is a constant.
+    """
+    squared = dot(v, v, dim)
+    if known_true(torch.isfinite(squared)):
+        return v, squared
+    norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
+    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
+    return v, dot(v, v, dim)
 
 
 def cosine_and_sinc(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,12 +75,13 @@ class SphereRetraction(abc.ABC):
 
 @dataclass(frozen=True)
 class Normalization(SphereRetraction):
-    """(X + V) / |X + V|. Order 2. Corrects itself, and needs no bound: |X + V| >= 1, up to where |V|^2 overflows."""
+    """(X + V) / |X + V|. Order 2. Corrects itself, and needs no bound: |X + V| >= 1."""
 
     order = 2
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the normalised sum."""
+        v, _ = _without_huge(v.to(x.dtype), dim)
         return normalized(x + v, dim)
 
 
@@ -72,16 +91,25 @@ class SphereExponential(SphereRetraction):
 
     Steps longer than ``max_norm`` are shortened to it. The default pi is the way to the antipode: a longer step would
     go round, and from |V| = 1/eps on its end would be a matter of rounding.
+
+    Raises:
+        ValueError: ``max_norm`` is not in (0, pi].
     """
 
     max_norm: float = math.pi
     order = math.inf
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.max_norm <= math.pi:
+            raise ValueError(
+                f"max_norm must be in (0, pi], beyond which a great circle comes back; got {self.max_norm}"
+            )
+
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the geodesic's point at time 1."""
-        v = v.to(x.dtype)
+        v, squared = _without_huge(v.to(x.dtype), dim)
         limit = self.max_norm**2
-        return great_circle(x, v * (limit / dot(v, v, dim).clamp(min=limit)).sqrt(), dim)
+        return great_circle(x, v * (limit / squared.clamp(min=limit)).sqrt(), dim)
 
 
 def great_circle(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
