@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import (
     Manifold,
     euclidean_inner,
@@ -27,9 +28,11 @@ from subspace_meta.manifolds.base import (
     symmetric_part,
 )
 from subspace_meta.manifolds.matrix_functions import (
-    LOGARITHM_NORM,
+    compose,
+    constant_eigen,
+    logarithm_difference,
     matrix_exponential,
-    symmetric_logarithm,
+    symmetric_exponential,
     symmetric_square_root,
 )
 from subspace_meta.manifolds.orthogonal import check_square
@@ -57,11 +60,61 @@ def whiten(factor: Tensor, v: Tensor) -> Tensor:
     return symmetric_part(torch.linalg.solve_triangular(factor, half.mT, upper=False))
 
 
-def _shorten(e: Tensor, max_norm: float) -> Tensor:
-    """Return s <= 1, ``(..., 1, 1)``, such that s|E|_2 <= ``max_norm``; exactly 1 well within. 2n^3 flops."""
-    limit = max_norm * max_norm
+def _power_of_two(a: Tensor) -> Tensor:
+    """Return the power of two from the largest absolute entry on, a constant of shape ``(..., 1, 1)``.
+
+    Dividing by it is exact. The smallest normal number for a matrix that is 0.
+    """
+    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    return torch.exp2(largest.clamp(min=torch.finfo(a.dtype).tiny).log2().ceil())
+
+
+def _in_range(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)``, such that no entry is above 1.
+
+    So whitening does not overflow; products of whitened matrices are for :func:`_length` to keep in range.
+    """
+    size = _power_of_two(v).clamp(min=1.0)
+    return (v, size) if known_true(size == 1.0) else (v / size, size)
+
+
+def _largest_contraction(e: Tensor) -> Tensor:
+    """Return the largest eigenvalue of -E, ``(..., 1, 1)``, for entries of size 1; two right derivatives. 9n^3 flops.
+
+    The decomposition is a constant; with C = W^T E W, W its eigenvectors, the smallest eigenvalue of E is
+    C_11 + sum_i C_1i^2 / (l_1 - l_i) to second order. An eigenvalue as small as l_1 to rounding is left out of the sum:
+    there is no second derivative then.
+    """
+    values, vectors = constant_eigen(e)
+    column = vectors.mT @ (e @ vectors[..., :, :1])
+    gap = (values[..., :1] - values)[..., None]
+    apart = gap < -e.shape[-1] * torch.finfo(e.dtype).eps
+    second = torch.where(apart, column.square() / torch.where(apart, gap, 1.0), 0.0).sum(dim=-2, keepdim=True)
+    return -(column[..., :1, :] + second)
+
+
+def _length(e: Tensor, size: Tensor, max_norm: float, max_contraction: float = math.inf) -> Tensor:
+    """Return the largest s <= ``size``, ``(..., 1, 1)``, with s|E|_2 <= ``max_norm`` and s E >= -``max_contraction``.
+
+    |E|_2 is bounded from above, the smallest eigenvalue is exact. 2n^3 flops for steps beyond the bounds, and 9n^3 more
+    where a contraction may be too long; on a CPU, outside of transforms, none for shorter steps.
+    """
+    # |E|_2 <= |E|_F. Not a shortcut to another result: below, the minimum would be ``size``.
+    if known_true(size * torch.linalg.vector_norm(e, dim=(-2, -1), keepdim=True) <= min(max_norm, max_contraction)):
+        return size
+    # Entries of size 1, so that squares neither overflow nor vanish.
+    scale = _power_of_two(e)
+    unit = e / scale
     # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
-    return (limit / spectral_bound(e @ e).clamp(min=limit)).sqrt()
+    length = torch.minimum(size * scale, max_norm * spectral_bound(unit @ unit).rsqrt())
+    if max_contraction < math.inf:
+        # A Cholesky factor of c I + s E says that no eigenvalue is below -c, for a tenth of the decomposition's price.
+        certificate = torch.linalg.cholesky_ex(max_contraction * identity_like(e) + length.detach() * unit.detach())
+        if not known_true(certificate.info == 0):
+            # The floor is for steps that contract nowhere; they are shortened to max_norm / |E|_2 before it counts.
+            contraction = _largest_contraction(unit).clamp(min=torch.finfo(e.dtype).eps)
+            length = torch.minimum(length, max_contraction / contraction)
+    return length / scale
 
 
 def keep_positive(x: Tensor) -> Tensor:
@@ -85,8 +138,10 @@ def keep_positive(x: Tensor) -> Tensor:
 class SPDSecondOrder(SPDRetraction):
     """M + V + V M^{-1} V / 2, computed as (M + F F^T)/2 with F = L (I + E): a sum of two positive matrices. Order 2.
 
-    Eigenvalues e of E go to 1 + e + e^2/2 >= 1/2. Steps are shortened to |E|_2 <= ``max_norm``; the default 2 is where
-    a contraction would turn into an expansion. One Cholesky factor, two triangular solves, two products: 7n^3 flops.
+    Eigenvalues e of E go to 1 + e + e^2/2 >= 1/2, which falls to 1/2 at e = -1 and turns there: a longer contraction
+    would end nearer to the start, and at -2 there again. So steps are shortened to E >= -1, besides to |E|_2 <=
+    ``max_norm``, and a longer step never ends nearer. One Cholesky factor, two triangular solves, two products: 7n^3
+    flops (steps beyond the bounds: :func:`_length`).
     """
 
     max_norm: float = 2.0
@@ -95,10 +150,11 @@ class SPDSecondOrder(SPDRetraction):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the retracted point, polished by :func:`keep_positive`."""
         factor = cholesky(x)
+        v, size = _in_range(symmetric_part(v.to(x.dtype)))
         # L E = V L^{-T}
-        step = torch.linalg.solve_triangular(factor, symmetric_part(v.to(x.dtype)), upper=False).mT
-        whitened = torch.linalg.solve_triangular(factor, step, upper=False)
-        moved = factor + _shorten(symmetric_part(whitened), self.max_norm) * step
+        step = torch.linalg.solve_triangular(factor, v, upper=False).mT
+        whitened = symmetric_part(torch.linalg.solve_triangular(factor, step, upper=False))
+        moved = factor + _length(whitened, size, self.max_norm, max_contraction=1.0) * step
         return keep_positive(0.5 * (x + moved @ moved.mT))
 
 
@@ -106,8 +162,8 @@ class SPDSecondOrder(SPDRetraction):
 class SPDExponential(SPDRetraction):
     """The exponential map L exp(E) L^T, computed as F F^T with F = L exp(E/2).
 
-    Steps are shortened to |E|_2 <= ``max_norm``: the default 5 multiplies an eigenvalue by at most 148. About twice the
-    cost of the second-order retraction.
+    Steps are shortened to |E|_2 <= ``max_norm``: the default 5 multiplies an eigenvalue by 1/148 to 148. About twice
+    the cost of the second-order retraction.
     """
 
     max_norm: float = 5.0
@@ -116,14 +172,47 @@ class SPDExponential(SPDRetraction):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the geodesic's point at time 1, polished by :func:`keep_positive`."""
         factor = cholesky(x)
-        whitened = whiten(factor, symmetric_part(v.to(x.dtype)))
-        return keep_positive(_along(factor, _shorten(whitened, self.max_norm) * whitened, self.max_norm))
+        v, size = _in_range(symmetric_part(v.to(x.dtype)))
+        whitened = whiten(factor, v)
+        half = 0.5 * _length(whitened, size, self.max_norm) * whitened
+        # Products have an error of eps relative to 1; exp(-5/2) keeps all digits but one, exp(-20) would keep none.
+        short = self.max_norm <= 5.0
+        half = factor @ (matrix_exponential(half, 0.5 * self.max_norm) if short else symmetric_exponential(half))
+        return keep_positive(half @ half.mT)
 
 
-def _along(factor: Tensor, whitened: Tensor, max_norm: float) -> Tensor:
-    """Return L exp(E) L^T as a product F F^T, for |E|_2 <= ``max_norm``."""
-    half = factor @ matrix_exponential(0.5 * whitened, 0.5 * max_norm)
-    return half @ half.mT
+def _relative(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor L of ``x`` and K = L^{-1} (factor of y): L^{-1} Y L^{-T} = K K^T."""
+    factor = cholesky(x)
+    k: Tensor = torch.linalg.solve_triangular(factor, cholesky(y), upper=False)
+    return factor, k
+
+
+def _relative_logarithm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return L, U, g and X with log(L^{-1} Y L^{-T}) = U (diag(g) + X) U^T; X has the value 0 and the derivatives.
+
+    g is 2 log of the singular values of K = U diag(s) W^T, L^{-1} Y L^{-T} = K K^T: their ratio is the square root of
+    the eigenvalues' ratio, so half of the digits that a decomposition of K K^T loses are kept. Like there
+    (:mod:`~subspace_meta.manifolds.matrix_functions`) it is a constant: diag(1/s) U^T K W = I + N with N of value 0, and
+    K K^T = U diag(s) (I + N)(I + N^T) diag(s) U^T.
+    """
+    factor, k = _relative(x, y)
+    constant = k.detach()
+    # At equal points K is the identity, without the rounding errors that solving leaves.
+    finite = torch.isfinite(constant).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    equal = (x.detach() == y.detach()).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    left, values, right = torch.linalg.svd(torch.where(finite & ~equal, constant, identity_like(constant)))
+    # A matrix that is not positive definite has no factor, and K may be singular; its logarithm stays finite.
+    values = values.clamp(min=torch.finfo(k.dtype).tiny)
+    n = (left.mT @ (k - constant) @ right.mT) / values[..., :, None]
+    logs = 2.0 * values.log()
+    return factor, left, logs, logarithm_difference(logs, n + n.mT + n @ n.mT)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Return the square root, with derivative 0 at 0."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -175,38 +264,53 @@ class SPD(Manifold):
         """Apply the chosen retraction."""
         return self.retraction(x, v)
 
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the length of ``v`` in the metric, |L^{-1} V L^{-T}|_F; no square leaves the range. Derivative 0 at 0."""
+        factor = cholesky(x)
+        v, size = _in_range(v.to(x.dtype))
+        whitened = torch.linalg.solve_triangular(factor, v, upper=False).mT
+        whitened = torch.linalg.solve_triangular(factor, whitened, upper=False)
+        scale = _power_of_two(whitened)
+        return _root((whitened / scale).square().sum(dim=(-2, -1))) * scale[..., 0, 0] * size[..., 0, 0]
+
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry ``v`` along the geodesic to ``y``: B V B^T, B = (Y M^{-1})^{1/2} = L (L^{-1} Y L^{-T})^{1/2} L^{-1}."""
-        factor = cholesky(x)
-        root = symmetric_square_root(whiten(factor, y))
-        left = factor @ root
+        factor, k = _relative(x, y)
+        left = factor @ symmetric_square_root(k @ k.mT)
         return symmetric_part(left @ whiten(factor, symmetric_part(v.to(x.dtype))) @ left.mT)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return L exp(E) L^T; accurate for |E|_2 up to 64 (factors of 1e27)."""
+        """Return L exp(E) L^T as F F^T, F = L exp(E/2): wherever the result is in the type's range."""
         factor = cholesky(x)
-        return symmetric_part(_along(factor, whiten(factor, symmetric_part(v.to(x.dtype))), LOGARITHM_NORM))
+        half = factor @ symmetric_exponential(0.5 * whiten(factor, symmetric_part(v.to(x.dtype))))
+        return symmetric_part(half @ half.mT)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """Return L log(L^{-1} Y L^{-T}) L^T."""
-        factor = cholesky(x)
-        return symmetric_part(factor @ symmetric_logarithm(whiten(factor, y)) @ factor.mT)
+        factor, left, logs, difference = _relative_logarithm(x, y)
+        return compose(factor @ left, logs, difference)
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return |log(L^{-1} Y L^{-T})|_F^2; three right derivatives, also at equal points."""
+        _, _, logs, difference = _relative_logarithm(x, y)
+        return (torch.diag_embed(logs) + difference).square().sum(dim=(-2, -1))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(L^{-1} Y L^{-T})."""
-        distance: Tensor = torch.linalg.matrix_norm(symmetric_logarithm(whiten(cholesky(x), y)))
-        return distance
+        """Return the Frobenius norm of log(L^{-1} Y L^{-T}); its derivative at equal points, where it has none, is 0."""
+        return _root(self.squared_distance(x, y))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return sym(X) with eigenvalues raised to 1e-6 times the largest in float64 (1e-4 in float32).
 
         The set is open, so there is no nearest point; this is the nearest one that is safely inside. A matrix without a
-        positive eigenvalue goes to that multiple of the identity.
+        positive eigenvalue goes to that multiple of its largest absolute one (of 1, if it is 0) times the identity.
         """
         values, vectors = torch.linalg.eigh(symmetric_part(x))
         share = 1e-6 if x.dtype == torch.float64 else 1e-4
         largest = values[..., -1:]
-        raised = torch.maximum(values, share * torch.where(largest > 0, largest, 1.0))
+        size = values[..., :1].abs()
+        size = torch.where(largest > 0, largest, torch.where(size > 0, size, 1.0))
+        raised = torch.maximum(values, share * size)
         return symmetric_part((vectors * raised[..., None, :]) @ vectors.mT)
 
     def random_point(
