@@ -30,6 +30,7 @@ import math
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import has_values
 from subspace_meta.manifolds.base import identity_like
 
 STEPS = 3
@@ -92,6 +93,13 @@ def _start(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values, vectors, vectors.mT @ (0.5 * (difference + difference.mT)) @ vectors
 
 
+def _known_zero(difference: Tensor) -> bool:
+    """Return whether a ``difference`` of value 0 carries no derivative either: nothing to compute then."""
+    if not has_values(difference) or difference.requires_grad:
+        return False
+    return torch.autograd.forward_ad.unpack_dual(difference).tangent is None
+
+
 def outer_sum(row: Tensor, column: Tensor) -> Tensor:
     """Return r_i + c_j of ``(..., n)`` tensors."""
     return row[..., :, None] + column[..., None, :]
@@ -134,6 +142,8 @@ def _exponential_difference(logs: Tensor, x: Tensor) -> Tensor:
 
     Horner's rule for (T(H + Z) - T(H)), then doublings (Y + F)^2 - Y^2 = YF + FY + F^2 with the constant Y = exp(H 2^j).
     """
+    if _known_zero(x):
+        return x
     h = logs * 0.5**_DIFFERENCE_DOUBLINGS
     z = x * 0.5**_DIFFERENCE_DOUBLINGS
     degree = _DIFFERENCE_DEGREE[x.dtype]
@@ -151,6 +161,8 @@ def _exponential_difference(logs: Tensor, x: Tensor) -> Tensor:
 
 def logarithm_difference(logs: Tensor, c: Tensor) -> Tensor:
     """Return X in log(Y (I + C) Y) = diag(g) + X for Y = exp(diag(g) / 2), and C of value 0, by chord steps."""
+    if _known_zero(c):
+        return c
     # Relative to the middle, so that the size of the matrix does not matter.
     logs = logs - _middle(logs)
     scale = (0.5 * outer_sum(logs, logs)).exp()

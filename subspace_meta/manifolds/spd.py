@@ -26,10 +26,10 @@ from subspace_meta.manifolds.base import (
     normal_like,
     spectral_bound,
     symmetric_part,
+    trace,
 )
 from subspace_meta.manifolds.matrix_functions import (
     compose,
-    constant_eigen,
     logarithm_difference,
     matrix_exponential,
     symmetric_exponential,
@@ -69,50 +69,66 @@ def _power_of_two(a: Tensor) -> Tensor:
     return torch.exp2(largest.clamp(min=torch.finfo(a.dtype).tiny).log2().ceil())
 
 
-def _in_range(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)``, such that no entry is above 1.
+def _in_range(v: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)`` or a number, such that no entry is above 1.
 
     So whitening does not overflow; products of whitened matrices are for :func:`_length` to keep in range.
     """
+    if known_true(v.detach().abs() <= 1.0):
+        return v, 1.0
     size = _power_of_two(v).clamp(min=1.0)
-    return (v, size) if known_true(size == 1.0) else (v / size, size)
+    return v / size, size
 
 
-def _largest_contraction(e: Tensor) -> Tensor:
-    """Return the largest eigenvalue of -E, ``(..., 1, 1)``, for entries of size 1; two right derivatives. 9n^3 flops.
+# Squarings in the power method below: the weight of an eigenvalue is its 2^12-th (2^24-th) power.
+_SQUARINGS = {torch.float32: 12, torch.float64: 24}
 
-    The decomposition is a constant; with C = W^T E W, W its eigenvectors, the smallest eigenvalue of E is
-    C_11 + sum_i C_1i^2 / (l_1 - l_i) to second order. An eigenvalue as small as l_1 to rounding is left out of the sum:
-    there is no second derivative then.
+
+def _largest_contraction(e: Tensor, bound: Tensor) -> Tensor:
+    """Return the largest eigenvalue l of -E, ``(..., 1, 1)``, for |E|_2 <= ``bound``; differentiable everywhere.
+
+    -tr(P E)/tr(P) with P = (bound I - E)^m, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never above
+    l, and below it by at most (l + bound) log(n)/m, for eigenvalues that close to l: 1e-3 (1e-7), else rounding. There
+    the second-order retraction is flat, and half of its square is what is lost. 24n^3 (48n^3) flops; a decomposition
+    takes three times as long on a CPU, more on an accelerator, and has no second derivative at equal eigenvalues.
     """
-    values, vectors = constant_eigen(e)
-    column = vectors.mT @ (e @ vectors[..., :, :1])
-    gap = (values[..., :1] - values)[..., None]
-    apart = gap < -e.shape[-1] * torch.finfo(e.dtype).eps
-    second = torch.where(apart, column.square() / torch.where(apart, gap, 1.0), 0.0).sum(dim=-2, keepdim=True)
-    return -(column[..., :1, :] + second)
+    power = bound * identity_like(e) - e
+    for step in range(_SQUARINGS[e.dtype]):
+        if step % 3 == 0:
+            # The scale cancels, so it is a constant. Of trace 1, the eighth power is in range.
+            power = power / trace(power.detach())[..., None, None]
+        power = power @ power
+    return -(euclidean_inner(power, e) / trace(power))[..., None, None]
 
 
-def _length(e: Tensor, size: Tensor, max_norm: float, max_contraction: float = math.inf) -> Tensor:
+def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: float = math.inf) -> Tensor | float:
     """Return the largest s <= ``size``, ``(..., 1, 1)``, with s|E|_2 <= ``max_norm`` and s E >= -``max_contraction``.
 
-    |E|_2 is bounded from above, the smallest eigenvalue is exact. 2n^3 flops for steps beyond the bounds, and 9n^3 more
-    where a contraction may be too long; on a CPU, outside of transforms, none for shorter steps.
+    |E|_2 is bounded from above; the smallest eigenvalue is exact to rounding, because a step within both bounds must
+    not be shortened where the other eigenvalues are large. On a CPU, outside of transforms: n^2 flops for steps that
+    are short in the Frobenius norm, 2n^3 for other short ones; else, 3n^3 and :func:`_largest_contraction`.
     """
-    # |E|_2 <= |E|_F. Not a shortcut to another result: below, the minimum would be ``size``.
-    if known_true(size * torch.linalg.vector_norm(e, dim=(-2, -1), keepdim=True) <= min(max_norm, max_contraction)):
+    # Not shortcuts to another result, this and the ones below: the minimum would be ``size``. |E|_2 <= |E|_F.
+    shortest = min(max_norm, max_contraction)
+    if known_true(size * torch.linalg.vector_norm(e, dim=(-2, -1), keepdim=True) <= shortest):
         return size
-    # Entries of size 1, so that squares neither overflow nor vanish.
-    scale = _power_of_two(e)
-    unit = e / scale
     # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
-    length = torch.minimum(size * scale, max_norm * spectral_bound(unit @ unit).rsqrt())
+    bound = spectral_bound(e @ e).sqrt() if isinstance(size, float) else None
+    if bound is not None and known_true(bound <= shortest):
+        return size
+    scale: Tensor | float = 1.0
+    if bound is None or not known_true(torch.isfinite(bound)):
+        # Entries of size 1, so that squares neither overflow nor vanish.
+        scale = _power_of_two(e)
+        e = e / scale
+        bound = spectral_bound(e @ e).sqrt()
+    length = (max_norm / bound).clamp(max=size * scale)
     if max_contraction < math.inf:
-        # A Cholesky factor of c I + s E says that no eigenvalue is below -c, for a tenth of the decomposition's price.
-        certificate = torch.linalg.cholesky_ex(max_contraction * identity_like(e) + length.detach() * unit.detach())
-        if not known_true(certificate.info == 0):
-            # The floor is for steps that contract nowhere; they are shortened to max_norm / |E|_2 before it counts.
-            contraction = _largest_contraction(unit).clamp(min=torch.finfo(e.dtype).eps)
+        # A Cholesky factor of c I + s E says that no eigenvalue is below -c.
+        shifted = max_contraction * identity_like(e) + length.detach() * e.detach()
+        if not known_true(torch.linalg.cholesky_ex(shifted).info == 0):
+            # The floor is for steps that contract nowhere; max_norm / bound has shortened them to far less.
+            contraction = torch.maximum(_largest_contraction(e, bound), torch.finfo(e.dtype).eps * bound)
             length = torch.minimum(length, max_contraction / contraction)
     return length / scale
 
