@@ -6,9 +6,10 @@ keep the error relative to A itself (Higham, "Functions of Matrices", 2008, sect
 of doublings follows from a bound on the norm that the caller knows, not from values.
 
 *Symmetric matrices.* The derivative of an eigenvalue decomposition divides by eigenvalue gaps: NaN at the identity,
-where every SPD problem starts. Here the decomposition A = V diag(l) V^T is *constant* (its input is detached) and gives
-the value V f(l) V^T alone. The derivatives come from D = V^T (A - A.detach()) V, whose value is 0 and whose derivative
-is that of A in the eigenbasis: with f = g^{-1} (g the square, or exp), chord Newton steps for g(f(l) + X) - g(f(l)) = D,
+where every SPD problem starts. Here the decomposition A = V diag(l) V^T is *constant* (its input is detached) and
+gives the value V f(l) V^T alone. The derivatives come from D = V^T (A - A.detach()) V, whose value is 0 and whose
+derivative is that of A in the eigenbasis: with f = g^{-1}, g the square or exp, chord Newton steps for
+g(f(l) + X) - g(f(l)) = D,
 
     X <- X + [D - (g(f(l) + X) - g(f(l)))] / Dg(f(l)),     X = 0 at first,
 
@@ -19,8 +20,9 @@ The difference g(. + X) - g(.) is computed as such, from products that contain X
 derivatives keeps its digits, however far apart the eigenvalues are. The steps are plain tensor operations, so grad,
 jvp, vmap and torch.compile need no rule for them.
 
-Eigenvalues enter relative to each other, so f(c A) is as accurate as f(A). A decomposition has an error of eps times the
-*largest* eigenvalue: smaller eigenvalues lose digits in proportion, and those below eps times the largest count as that.
+Eigenvalues enter relative to each other, so f(c A) is as accurate as f(A). A decomposition has an error of eps times
+the *largest* eigenvalue: smaller eigenvalues lose digits in proportion, and those below eps times the largest count as
+that. Where a factor K of A = K K^T is at hand, a singular value decomposition of K keeps half of the digits lost.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def matrix_exponential(a: Tensor, max_norm: float) -> Tensor:
     return identity_like(a) + total
 
 
-def constant_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
+def _constant_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     """Return ascending eigenvalues and eigenvectors of the detached symmetric part of ``(..., n, n)`` matrices.
 
     A matrix that is not finite gives those of the identity, because the decomposition would raise; the caller's
@@ -81,23 +83,28 @@ def constant_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _start(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues, raised to at least eps times the largest, eigenvectors, and D of the module's text.
+def _positive_eigen(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return :func:`_constant_eigen`'s result, the eigenvalues raised to at least eps times the largest.
 
     The smallest normal number is the floor of the floor: it keeps divisors positive for a matrix that is 0.
     """
-    values, vectors = constant_eigen(a)
+    values, vectors = _constant_eigen(a)
     info = torch.finfo(a.dtype)
-    values = torch.maximum(values, info.eps * values[..., -1:].clamp(min=info.tiny / info.eps))
+    return torch.maximum(values, info.eps * values[..., -1:].clamp(min=info.tiny / info.eps)), vectors
+
+
+def _difference_in(vectors: Tensor, a: Tensor) -> Tensor:
+    """Return D of the module's text."""
     difference = a - a.detach()
-    return values, vectors, vectors.mT @ (0.5 * (difference + difference.mT)) @ vectors
+    return vectors.mT @ (0.5 * (difference + difference.mT)) @ vectors
 
 
 def _known_zero(difference: Tensor) -> bool:
     """Return whether a ``difference`` of value 0 carries no derivative either: nothing to compute then."""
     if not has_values(difference) or difference.requires_grad:
         return False
-    return torch.autograd.forward_ad.unpack_dual(difference).tangent is None
+    tangent: Tensor | None = torch.autograd.forward_ad.unpack_dual(difference).tangent  # type: ignore[no-untyped-call]
+    return tangent is None
 
 
 def outer_sum(row: Tensor, column: Tensor) -> Tensor:
@@ -112,15 +119,37 @@ def compose(vectors: Tensor, values: Tensor, difference: Tensor) -> Tensor:
 
 
 def symmetric_square_root(a: Tensor) -> Tensor:
-    """Return the symmetric positive definite square root of a ``(..., n, n)`` tensor. 13n^3 flops."""
-    values, vectors, d = _start(a)
+    """Return the symmetric positive definite square root of a ``(..., n, n)`` tensor. 20n^3 flops."""
+    values, vectors = _positive_eigen(a)
     roots = values.sqrt()
+    start = (vectors * roots[..., None, :]) @ vectors.mT
     # The divided difference of the square: (s^2 - t^2) / (s - t) = s + t. And (S + X)^2 - S^2 = SX + XS + X^2.
     divided = outer_sum(roots, roots)
+    d = _difference_in(vectors, a)
     x = d / divided
     for _ in range(STEPS - 1):
         x = (d - x @ x) / divided
-    return compose(vectors, roots, x)
+    # One more step for the value: it removes the rounding errors of the decomposition.
+    residual = vectors.mT @ (a.detach() - start @ start) @ vectors
+    root = start + vectors @ (x + residual / divided) @ vectors.mT
+    return 0.5 * (root + root.mT)
+
+
+def polar_difference(values: Tensor, d: Tensor) -> Tensor:
+    """Return Z: I + Z is the orthogonal polar factor of diag(s) + D, for positive ``(..., n)`` s and D of value 0.
+
+    Z = A + S with skew A and symmetric S: (I + Z)(I + Z)^T = I says S = -Z Z^T / 2, and (diag(s) + D)(I + Z)^T = its
+    transpose says that s_i A_ij + A_ij s_j is the skew part, doubled, of D + D Z^T + diag(s) S. 10n^3 flops.
+    """
+    if _known_zero(d):
+        return d
+    divided = outer_sum(values, values)
+    z = (d - d.mT) / divided
+    for _ in range(STEPS - 1):
+        symmetric = -0.5 * (z @ z.mT)
+        rest = d + d @ z.mT + values[..., :, None] * symmetric
+        z = symmetric + (rest - rest.mT) / divided
+    return z
 
 
 def _half_ratio(logs: Tensor) -> Tensor:
@@ -140,7 +169,7 @@ def _middle(logs: Tensor) -> Tensor:
 def _exponential_difference(logs: Tensor, x: Tensor) -> Tensor:
     """Return exp(diag(g) + X) - exp(diag(g)), exactly 0 for X = 0, for constants |g| <= 64 (less accurate beyond).
 
-    Horner's rule for (T(H + Z) - T(H)), then doublings (Y + F)^2 - Y^2 = YF + FY + F^2 with the constant Y = exp(H 2^j).
+    Horner's rule for T(H + Z) - T(H), then doublings (Y + F)^2 - Y^2 = YF + FY + F^2, Y = exp(H 2^j) the constant.
     """
     if _known_zero(x):
         return x
@@ -177,9 +206,9 @@ def logarithm_difference(logs: Tensor, c: Tensor) -> Tensor:
 
 def symmetric_logarithm(a: Tensor) -> Tensor:
     """Return the symmetric logarithm of a symmetric positive definite ``(..., n, n)`` tensor. 80n^3 (100n^3) flops."""
-    values, vectors, d = _start(a)
-    roots = values.sqrt()
-    logs = values.log()
+    values, vectors = _positive_eigen(a)
+    roots, logs = values.sqrt(), values.log()
+    d = _difference_in(vectors, a)
     return compose(vectors, logs, logarithm_difference(logs, d / (roots[..., :, None] * roots[..., None, :])))
 
 
@@ -188,8 +217,7 @@ def symmetric_exponential(a: Tensor) -> Tensor:
 
     Derivatives are accurate for eigenvalues up to 128 apart.
     """
-    values, vectors = constant_eigen(a)
-    difference = a - a.detach()
-    d = vectors.mT @ (0.5 * (difference + difference.mT)) @ vectors
+    values, vectors = _constant_eigen(a)
     middle = _middle(values)
-    return compose(vectors, values.exp(), middle.exp()[..., None] * _exponential_difference(values - middle, d))
+    difference = _exponential_difference(values - middle, _difference_in(vectors, a))
+    return compose(vectors, values.exp(), middle.exp()[..., None] * difference)

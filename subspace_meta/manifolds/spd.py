@@ -32,6 +32,7 @@ from subspace_meta.manifolds.matrix_functions import (
     compose,
     logarithm_difference,
     matrix_exponential,
+    polar_difference,
     symmetric_exponential,
     symmetric_square_root,
 )
@@ -61,20 +62,20 @@ def whiten(factor: Tensor, v: Tensor) -> Tensor:
 
 
 def _power_of_two(a: Tensor) -> Tensor:
-    """Return the power of two from the largest absolute entry on, a constant of shape ``(..., 1, 1)``.
+    """Return the power of two up to the largest absolute entry, a constant ``(..., 1, 1)``: dividing by it is exact.
 
-    Dividing by it is exact. The smallest normal number for a matrix that is 0.
+    1 for a matrix that is 0.
     """
     largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
-    return torch.exp2(largest.clamp(min=torch.finfo(a.dtype).tiny).log2().ceil())
+    return torch.exp2(torch.where(largest == 0, 1.0, largest).log2().floor())
 
 
 def _in_range(v: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)`` or a number, such that no entry is above 1.
+    """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)`` or a number, such that no entry is above 2.
 
     So whitening does not overflow; products of whitened matrices are for :func:`_length` to keep in range.
     """
-    if known_true(v.detach().abs() <= 1.0):
+    if known_true(v.detach().abs() < 2.0):
         return v, 1.0
     size = _power_of_two(v).clamp(min=1.0)
     return v / size, size
@@ -87,10 +88,10 @@ _SQUARINGS = {torch.float32: 12, torch.float64: 24}
 def _largest_contraction(e: Tensor, bound: Tensor) -> Tensor:
     """Return the largest eigenvalue l of -E, ``(..., 1, 1)``, for |E|_2 <= ``bound``; differentiable everywhere.
 
-    -tr(P E)/tr(P) with P = (bound I - E)^m, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never above
-    l, and below it by at most (l + bound) log(n)/m, for eigenvalues that close to l: 1e-3 (1e-7), else rounding. There
-    the second-order retraction is flat, and half of its square is what is lost. 24n^3 (48n^3) flops; a decomposition
-    takes three times as long on a CPU, more on an accelerator, and has no second derivative at equal eigenvalues.
+    -tr(P E)/tr(P) with P = (bound I - E)^m, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never
+    above l, and below it by at most (l + bound) log(n)/m where other eigenvalues are as near: 1e-3 (1e-7), else by
+    rounding. The second-order retraction is flat there; half of the square is what it loses. 24n^3 (48n^3) flops: a
+    decomposition takes three times as long on a CPU and has no second derivative at equal eigenvalues.
     """
     power = bound * identity_like(e) - e
     for step in range(_SQUARINGS[e.dtype]):
@@ -118,8 +119,9 @@ def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: f
         return size
     scale: Tensor | float = 1.0
     if bound is None or not known_true(torch.isfinite(bound)):
-        # Entries of size 1, so that squares neither overflow nor vanish.
-        scale = _power_of_two(e)
+        # Entries of size 1, so that squares neither overflow nor vanish. The entries of a short step stay below that:
+        # dividing them by something tiny would give derivatives that overflow before they meet their factor 0.
+        scale = torch.maximum(_power_of_two(e), torch.as_tensor(1.0 / size))
         e = e / scale
         bound = spectral_bound(e @ e).sqrt()
     length = (max_norm / bound).clamp(max=size * scale)
@@ -197,32 +199,43 @@ class SPDExponential(SPDRetraction):
         return keep_positive(half @ half.mT)
 
 
-def _relative(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Cholesky factor L of ``x`` and K = L^{-1} (factor of y): L^{-1} Y L^{-T} = K K^T."""
-    factor = cholesky(x)
-    k: Tensor = torch.linalg.solve_triangular(factor, cholesky(y), upper=False)
-    return factor, k
+@dataclass(frozen=True)
+class _Pair:
+    """Two points in terms of each other: L^{-1} Y L^{-T} = K K^T, K = L^{-1} (factor of y) = U diag(s) W^T.
 
-
-def _relative_logarithm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return L, U, g and X with log(L^{-1} Y L^{-T}) = U (diag(g) + X) U^T; X has the value 0 and the derivatives.
-
-    g is 2 log of the singular values of K = U diag(s) W^T, L^{-1} Y L^{-T} = K K^T: their ratio is the square root of
-    the eigenvalues' ratio, so half of the digits that a decomposition of K K^T loses are kept. Like there
-    (:mod:`~subspace_meta.manifolds.matrix_functions`) it is a constant: diag(1/s) U^T K W = I + N with N of value 0, and
-    K K^T = U diag(s) (I + N)(I + N^T) diag(s) U^T.
+    The singular values' ratio is the square root of the eigenvalues' ratio, so this keeps half of the digits that a
+    decomposition of K K^T loses. Like there (:mod:`~subspace_meta.manifolds.matrix_functions`), the decomposition is a
+    constant, and ``difference`` = U^T K W - diag(s) has the value 0 and the derivatives.
     """
-    factor, k = _relative(x, y)
-    constant = k.detach()
-    # At equal points K is the identity, without the rounding errors that solving leaves.
-    finite = torch.isfinite(constant).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    equal = (x.detach() == y.detach()).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    left, values, right = torch.linalg.svd(torch.where(finite & ~equal, constant, identity_like(constant)))
-    # A matrix that is not positive definite has no factor, and K may be singular; its logarithm stays finite.
-    values = values.clamp(min=torch.finfo(k.dtype).tiny)
-    n = (left.mT @ (k - constant) @ right.mT) / values[..., :, None]
-    logs = 2.0 * values.log()
-    return factor, left, logs, logarithm_difference(logs, n + n.mT + n @ n.mT)
+
+    factor: Tensor
+    end: Tensor
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    difference: Tensor
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor) -> _Pair:
+        """Decompose. 3n^3 flops and a singular value decomposition."""
+        factor, end = cholesky(x), cholesky(y)
+        k = torch.linalg.solve_triangular(factor, end, upper=False)
+        constant = k.detach()
+        # At equal points K is the identity, without the rounding errors that solving leaves. A matrix that is not
+        # finite starts there too, because the decomposition would raise; the difference is NaN then.
+        finite = torch.isfinite(constant).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        equal = (x.detach() == y.detach()).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        left, values, right = torch.linalg.svd(torch.where(finite & ~equal, constant, identity_like(constant)))
+        # A matrix that is not positive definite has no factor, and K may be singular; logarithms stay finite.
+        values = values.clamp(min=torch.finfo(k.dtype).tiny)
+        return _Pair(factor, end, left, values, right.mT, left.mT @ (k - constant) @ right.mT)
+
+    def logarithm(self) -> tuple[Tensor, Tensor]:
+        """Return g and X of value 0 with log(K K^T) = U (diag(g) + X) U^T, g = 2 log s."""
+        logs = 2.0 * self.values.log()
+        # K K^T = U diag(s) (I + N)(I + N^T) diag(s) U^T
+        n = self.difference / self.values[..., :, None]
+        return logs, logarithm_difference(logs, n + n.mT + n @ n.mT)
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -281,19 +294,24 @@ class SPD(Manifold):
         return self.retraction(x, v)
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return the length of ``v`` in the metric, |L^{-1} V L^{-T}|_F; no square leaves the range. Derivative 0 at 0."""
+        """Return the length of ``v`` in the metric, |L^{-1} V L^{-T}|_F, with derivative 0 at 0. No square overflows."""
         factor = cholesky(x)
         v, size = _in_range(v.to(x.dtype))
         whitened = torch.linalg.solve_triangular(factor, v, upper=False).mT
         whitened = torch.linalg.solve_triangular(factor, whitened, upper=False)
         scale = _power_of_two(whitened)
-        return _root((whitened / scale).square().sum(dim=(-2, -1))) * scale[..., 0, 0] * size[..., 0, 0]
+        return (_root((whitened / scale).square().sum(dim=(-2, -1), keepdim=True)) * scale * size)[..., 0, 0]
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Carry ``v`` along the geodesic to ``y``: B V B^T, B = (Y M^{-1})^{1/2} = L (L^{-1} Y L^{-T})^{1/2} L^{-1}."""
-        factor, k = _relative(x, y)
-        left = factor @ symmetric_square_root(k @ k.mT)
-        return symmetric_part(left @ whiten(factor, symmetric_part(v.to(x.dtype))) @ left.mT)
+        """Carry ``v`` along the geodesic to ``y``: B V B^T, B = (Y M^{-1})^{1/2}.
+
+        With K = L^{-1} (factor F of y) and its orthogonal polar factor Q, B = L (K K^T)^{1/2} L^{-1} = F Q^T L^{-1}: an
+        isometry to rounding.
+        """
+        pair = _Pair.of(x, y)
+        turn = identity_like(y) + polar_difference(pair.values, pair.difference)
+        left = pair.end @ (pair.left @ turn @ pair.right.mT).mT
+        return symmetric_part(left @ whiten(pair.factor, symmetric_part(v.to(x.dtype))) @ left.mT)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
         """Return L exp(E) L^T as F F^T, F = L exp(E/2): wherever the result is in the type's range."""
@@ -303,16 +321,16 @@ class SPD(Manifold):
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """Return L log(L^{-1} Y L^{-T}) L^T."""
-        factor, left, logs, difference = _relative_logarithm(x, y)
-        return compose(factor @ left, logs, difference)
+        pair = _Pair.of(x, y)
+        return compose(pair.factor @ pair.left, *pair.logarithm())
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return |log(L^{-1} Y L^{-T})|_F^2; three right derivatives, also at equal points."""
-        _, _, logs, difference = _relative_logarithm(x, y)
+        logs, difference = _Pair.of(x, y).logarithm()
         return (torch.diag_embed(logs) + difference).square().sum(dim=(-2, -1))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(L^{-1} Y L^{-T}); its derivative at equal points, where it has none, is 0."""
+        """Return |log(L^{-1} Y L^{-T})|_F; at equal points, where it has no derivative, it gives 0."""
         return _root(self.squared_distance(x, y))
 
     def nearest(self, x: Tensor) -> Tensor:
