@@ -294,7 +294,7 @@ class SPD(Manifold):
         return self.retraction(x, v)
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return the length of ``v`` in the metric, |L^{-1} V L^{-T}|_F, with derivative 0 at 0. No square overflows."""
+        """Return the length of ``v`` in the metric, |L^{-1} V L^{-T}|_F; derivative 0 at 0; no square overflows."""
         factor = cholesky(x)
         v, size = _in_range(v.to(x.dtype))
         whitened = torch.linalg.solve_triangular(factor, v, upper=False).mT
