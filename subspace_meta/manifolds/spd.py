@@ -88,12 +88,13 @@ _SQUARINGS = {torch.float32: 12, torch.float64: 24}
 def _largest_contraction(e: Tensor, bound: Tensor) -> Tensor:
     """Return the largest eigenvalue l of -E, ``(..., 1, 1)``, for |E|_2 <= ``bound``; differentiable everywhere.
 
-    -tr(P E)/tr(P) with P = (bound I - E)^m, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never
-    above l, and below it by at most (l + bound) log(n)/m where other eigenvalues are as near: 1e-3 (1e-7), else by
-    rounding. The second-order retraction is flat there; half of the square is what it loses. 24n^3 (48n^3) flops: a
-    decomposition takes three times as long on a CPU and has no second derivative at equal eigenvalues.
+    -tr(P E)/tr(P) with P = (c I - E)^m, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never above l,
+    and below it by at most (l + c) log(n)/m where other eigenvalues are as near: 1e-3 (1e-7), else by rounding. The
+    second-order retraction is flat there; half of the square is what it loses. 24n^3 (48n^3) flops: a decomposition
+    takes three times as long on a CPU and has no second derivative at equal eigenvalues.
     """
-    power = bound * identity_like(e) - e
+    # A little more than the bound, or nothing would be left of a multiple of the identity.
+    power = 1.125 * bound * identity_like(e) - e
     for step in range(_SQUARINGS[e.dtype]):
         if step % 3 == 0:
             # The scale cancels, so it is a constant. Of trace 1, the eighth power is in range.
@@ -111,7 +112,8 @@ def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: f
     """
     # Not shortcuts to another result, this and the ones below: the minimum would be ``size``. |E|_2 <= |E|_F.
     shortest = min(max_norm, max_contraction)
-    if known_true(size * torch.linalg.vector_norm(e, dim=(-2, -1), keepdim=True) <= shortest):
+    whole = e if isinstance(size, float) else size * e
+    if known_true(torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True) <= shortest):
         return size
     # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
     bound = spectral_bound(e @ e).sqrt() if isinstance(size, float) else None

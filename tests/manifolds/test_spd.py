@@ -8,7 +8,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from manifold_cases import seeded, spectral
+from manifold_cases import seeded
 from mpmath import diag, mp
 from mpmath_references import derivatives, symmetric_function, to_mp, to_torch
 
@@ -20,7 +20,9 @@ from subspace_meta.manifolds.matrix_functions import (
     symmetric_square_root,
 )
 
-RETRACTIONS = pytest.mark.parametrize("retraction", [SPDSecondOrder(), SPDExponential()], ids=lambda r: type(r).__name__)
+RETRACTIONS = pytest.mark.parametrize(
+    "retraction", [SPDSecondOrder(), SPDExponential()], ids=lambda r: type(r).__name__
+)
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
@@ -82,8 +84,9 @@ def test_a_longer_step_never_ends_nearer(values, dtype, retraction):
         ends = [retraction(x, (length * v).to(dtype)) for length in lengths]
         distances = [far(x, y) for y in ends]
         # The eigenvalue -1 of a step is found to 1e-3 (float32) or better, and the map is flat there.
-        slack = 3e-6 if dtype == torch.float32 else 1e-12
-        for nearer, farther in itertools.pairwise(distances):
+        flat = 3e-6 if dtype == torch.float32 else 1e-12
+        for (nearer, _), (farther, y) in itertools.pairwise(zip(distances, ends, strict=True)):
+            slack = max(flat, 4 * EPS[dtype] * float(torch.linalg.cond(y.double())))
             assert farther >= nearer - slack * (1.0 + nearer)
         # Not by standing still: a step of length 1 has gone as far as the formula says.
         e = torch.tensor(values, dtype=torch.float64)
@@ -124,10 +127,10 @@ def test_the_derivative_of_a_shortened_step(n, values):
     first = torch.func.grad(along)(zero)
     if values[0] != values[1]:
         second = torch.func.grad(torch.func.grad(along))(zero)
-        h = 1e-4
-        ahead, behind = along(h * torch.ones(())), along(-h * torch.ones(()))
-        torch.testing.assert_close(first, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(second, (ahead - 2 * along(zero) + behind) / h**2, rtol=1e-4, atol=1e-5)
+        h = 1e-5
+        torch.testing.assert_close(first, (along(zero + h) - along(zero - h)) / (2 * h), rtol=1e-7, atol=1e-8)
+        slope = torch.func.grad(along)
+        torch.testing.assert_close(second, (slope(zero + h) - slope(zero - h)) / (2 * h), rtol=1e-6, atol=1e-7)
     assert torch.func.grad(torch.func.grad(along))(zero).isfinite()
     # Along the ray nothing changes any more.
     ray = torch.func.grad(lambda t: (g * SPDSecondOrder()(x, (1.0 + t) * u)).sum())(zero)
@@ -138,7 +141,13 @@ def test_the_derivative_of_a_shortened_step(n, values):
 def test_what_is_known_changes_no_result(retraction):
     """Values cannot be seen under vmap: there nothing is left out."""
     x = SPD().random_point((5, 4, 4), seeded(), torch.float64)
-    for values in ([-0.1, 0.0, 0.1, 0.2], [-0.6, -0.6, 0.7, 0.8], [-0.9, 0.0, 0.3, 3.0], [-4.0, -1.0, 1.0, 2.0]):
+    for values in (
+        [-0.1, 0.0, 0.1, 0.2],
+        [3.0, 3.0, 3.0, 3.0],
+        [-0.6, -0.6, 0.7, 0.8],
+        [-0.9, 0.0, 0.3, 3.0],
+        [-4.0, -1.0, 1.0, 2.0],
+    ):
         v = torch.stack([step_at(point, values, seed) for seed, point in enumerate(x)])
         for scale in (1.0, 1e5):
             one_by_one = torch.stack([retraction(a, scale * b) for a, b in zip(x, v, strict=True)])
@@ -268,7 +277,10 @@ class TestFarApart:
     @TYPES
     def test_distances_are_symmetric(self, dtype):
         for seed in range(5):
-            x, y = with_eigenvalues([0.01, 0.5, 3.0], seed).to(dtype), 1e-6 * with_eigenvalues([0.2, 1.0, 9.0], 9 + seed)
+            x, y = (
+                with_eigenvalues([0.01, 0.5, 3.0], seed).to(dtype),
+                1e-6 * with_eigenvalues([0.2, 1.0, 9.0], 9 + seed),
+            )
             y = y.to(dtype)
             there, back = float(SPD().distance(x, y)), float(SPD().distance(y, x))
             assert there == pytest.approx(back, rel=10 * EPS[dtype])
@@ -292,8 +304,8 @@ def test_a_network_with_a_logarithm_layer_trains_as_with_eigh():
         head = torch.zeros(16, 2, requires_grad=True)
         losses = []
         for _ in range(30):
-            features = logarithm(w.mT @ samples @ w).flatten(1)
-            loss = torch.nn.functional.cross_entropy(0.1 * features @ head, labels)
+            features = (logarithm(w.mT @ samples @ w) + 20.0 * torch.eye(4)).flatten(1)
+            loss = torch.nn.functional.cross_entropy(features @ head, labels)
             gradients = torch.autograd.grad(loss, (w, head))
             with torch.no_grad():
                 for parameter, gradient in zip((w, head), gradients, strict=True):
@@ -302,7 +314,7 @@ def test_a_network_with_a_logarithm_layer_trains_as_with_eigh():
         return losses
 
     ours, theirs = train(symmetric_logarithm), train(eigh_logarithm)
-    assert theirs[-1] < 0.8 * theirs[0]
+    assert theirs[-1] < 0.7 * theirs[0]
     assert ours == pytest.approx(theirs, rel=1e-3)
     # Where eigh has no derivative: equal eigenvalues. d log at c I is the identity over c.
     gradient = torch.func.grad(lambda a: symmetric_logarithm(a).sum())(1e-8 * torch.eye(4))
@@ -377,7 +389,7 @@ def reference(x, y, v):
         (torch.float32, 1e5, 4e-4, 4e-4, 1e-2, 2e-4),
         (torch.float32, 1e6, 4e-3, 4e-3, 1e-1, 1e-3),
         (torch.float64, 1e6, 5e-12, 5e-12, 2e-9, 5e-12),
-        (torch.float64, 1e10, 5e-8, 5e-8, 1e-4, 5e-8),
+        (torch.float64, 1e10, 3e-7, 3e-7, 1e-4, 3e-7),
     ],
 )
 def test_ill_conditioned_pairs(dtype, condition, distance, logarithm, transport, length):
@@ -436,11 +448,16 @@ def test_derivatives_between_two_points(name, condition):
     value, first, second = derivatives(theirs, to_mp(start), to_mp(w))
     zero = torch.zeros((), dtype=torch.float64)
     tolerance = 1e-11 * condition
+
+    def close(a, b):
+        # The distance and the logarithm of equal points are 0.
+        return float((a - b).norm()) < tolerance * (float(b.norm()) if condition > 1.0 else 1.0)
+
     once = torch.func.jacfwd(ours)
     twice = torch.func.jacrev(once)
-    assert relative(ours(zero), value) < tolerance
-    assert relative(once(zero), first) < tolerance
-    assert relative(twice(zero), second) < tolerance
+    assert close(ours(zero), value)
+    assert close(once(zero), first)
+    assert close(twice(zero), second)
     if condition < 1e3:
         h = 1e-4
         third = (twice(zero + h) - twice(zero - h)) / (2 * h)
@@ -525,7 +542,3 @@ def test_steps_are_measured_exactly_in_one_and_many_dimensions():
 def spd_whitened(x, y):
     factor = torch.linalg.cholesky(x)
     return torch.linalg.solve(factor, torch.linalg.solve(factor, y).T)
-
-
-def test_spectral_scale_of_the_helper():
-    assert relative(spectral(step_at(torch.eye(2), [-3.0, 1.0])), step_at(torch.eye(2), [-1.0, 1 / 3])) < 1e-12
