@@ -99,7 +99,7 @@ def _difference_in(vectors: Tensor, a: Tensor) -> Tensor:
     return vectors.mT @ (0.5 * (difference + difference.mT)) @ vectors
 
 
-def _known_zero(difference: Tensor) -> bool:
+def known_zero(difference: Tensor) -> bool:
     """Return whether a ``difference`` of value 0 carries no derivative either: nothing to compute then."""
     if not has_values(difference) or difference.requires_grad:
         return False
@@ -141,7 +141,7 @@ def polar_difference(values: Tensor, d: Tensor) -> Tensor:
     Z = A + S with skew A and symmetric S: (I + Z)(I + Z)^T = I says S = -Z Z^T / 2, and (diag(s) + D)(I + Z)^T = its
     transpose says that s_i A_ij + A_ij s_j is the skew part, doubled, of D + D Z^T + diag(s) S. 10n^3 flops.
     """
-    if _known_zero(d):
+    if known_zero(d):
         return d
     divided = outer_sum(values, values)
     z = (d - d.mT) / divided
@@ -171,7 +171,7 @@ def _exponential_difference(logs: Tensor, x: Tensor) -> Tensor:
 
     Horner's rule for T(H + Z) - T(H), then doublings (Y + F)^2 - Y^2 = YF + FY + F^2, Y = exp(H 2^j) the constant.
     """
-    if _known_zero(x):
+    if known_zero(x):
         return x
     h = logs * 0.5**_DIFFERENCE_DOUBLINGS
     z = x * 0.5**_DIFFERENCE_DOUBLINGS
@@ -190,7 +190,7 @@ def _exponential_difference(logs: Tensor, x: Tensor) -> Tensor:
 
 def logarithm_difference(logs: Tensor, c: Tensor) -> Tensor:
     """Return X in log(Y (I + C) Y) = diag(g) + X for Y = exp(diag(g) / 2), and C of value 0, by chord steps."""
-    if _known_zero(c):
+    if known_zero(c):
         return c
     # Relative to the middle, so that the size of the matrix does not matter.
     logs = logs - _middle(logs)

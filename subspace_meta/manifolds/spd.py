@@ -30,6 +30,7 @@ from subspace_meta.manifolds.base import (
 )
 from subspace_meta.manifolds.matrix_functions import (
     compose,
+    known_zero,
     logarithm_difference,
     matrix_exponential,
     polar_difference,
@@ -86,21 +87,33 @@ _SQUARINGS = {torch.float32: 12, torch.float64: 24}
 
 
 def _largest_contraction(e: Tensor, bound: Tensor) -> Tensor:
-    """Return the largest eigenvalue l of -E, ``(..., 1, 1)``, for |E|_2 <= ``bound``; differentiable everywhere.
+    """Return the largest eigenvalue l of -E, ``(..., 1, 1)``, for |E|_2 <= ``bound``; two right derivatives if simple.
 
-    -tr(P E)/tr(P) with P = (c I - E)^m, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never above l,
-    and below it by at most (l + c) log(n)/m where other eigenvalues are as near: 1e-3 (1e-7), else by rounding. The
-    second-order retraction is flat there; half of the square is what it loses. 24n^3 (48n^3) flops: a decomposition
-    takes three times as long on a CPU and has no second derivative at equal eigenvalues.
+    -tr(P E) with P = (c I - E)^m / trace, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never above
+    l, and below it by at most (l + c) log(n)/m where other eigenvalues are as near: 1e-3 (1e-7), else by rounding. The
+    second-order retraction is flat there; half of the square is what it loses. P is a constant, the projection on an
+    eigenvector w as a rule; then, to second order, l(E + H) = l - tr(P H) + |(E + l I)^{-1/2} (I - P) H w|^2. At equal
+    eigenvalues P is a mean. 24n^3 (48n^3) flops, and 5n^3: a decomposition takes three times as long on a CPU.
     """
+    constant, identity = e.detach(), identity_like(e)
     # A little more than the bound, or nothing would be left of a multiple of the identity.
-    power = 1.125 * bound * identity_like(e) - e
+    power = 1.125 * bound.detach() * identity - constant
     for step in range(_SQUARINGS[e.dtype]):
         if step % 3 == 0:
-            # The scale cancels, so it is a constant. Of trace 1, the eighth power is in range.
-            power = power / trace(power.detach())[..., None, None]
+            # Of trace 1, the eighth power is in range.
+            power = power / trace(power)[..., None, None]
         power = power @ power
-    return -(euclidean_inner(power, e) / trace(power))[..., None, None]
+    power = power / trace(power)[..., None, None]
+    largest = -euclidean_inner(power, e)[..., None, None]
+    change = e - constant
+    if known_zero(change):
+        return largest
+    # On the range of P, where (I - P) H w has no part, anything positive makes the matrix definite.
+    size = e.shape[-1] * bound.detach()
+    factor, failure = torch.linalg.cholesky_ex(constant + largest.detach() * identity + size * power)
+    across = torch.linalg.solve_triangular(factor, (identity - power) @ change @ power, upper=False)
+    second = across.square().sum(dim=(-2, -1), keepdim=True)
+    return largest + torch.where(failure[..., None, None] == 0, second, 0.0)
 
 
 def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: float = math.inf) -> Tensor | float:
