@@ -76,7 +76,7 @@ def _in_range(v: Tensor) -> tuple[Tensor, Tensor | float]:
 
     So whitening does not overflow; products of whitened matrices are for :func:`_length` to keep in range.
     """
-    if known_true(v.detach().abs() < 2.0):
+    if known_true(v.detach().abs().amax() < 2.0):
         return v, 1.0
     size = _power_of_two(v).clamp(min=1.0)
     return v / size, size
@@ -121,17 +121,27 @@ def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: f
 
     |E|_2 is bounded from above; the smallest eigenvalue is exact to rounding, because a step within both bounds must
     not be shortened where the other eigenvalues are large. On a CPU, outside of transforms: n^2 flops for steps that
-    are short in the Frobenius norm, 2n^3 for other short ones; else, 3n^3 and :func:`_largest_contraction`.
+    are short in the Frobenius norm, 3n^3 for other short ones; else, 3n^3 and :func:`_largest_contraction`.
     """
-    # Not shortcuts to another result, this and the ones below: the minimum would be ``size``. |E|_2 <= |E|_F.
-    shortest = min(max_norm, max_contraction)
-    whole = e if isinstance(size, float) else size * e
-    if known_true(torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True) <= shortest):
-        return size
-    # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
-    bound = spectral_bound(e @ e).sqrt() if isinstance(size, float) else None
-    if bound is not None and known_true(bound <= shortest):
-        return size
+    limited = max_contraction < math.inf
+
+    def no_contraction_beyond(length: Tensor | float) -> bool:
+        # A Cholesky factor of c I + s E says that no eigenvalue is below -c.
+        shifted = max_contraction * identity_like(e) + length * e.detach()
+        return known_true(torch.linalg.cholesky_ex(shifted).info == 0)
+
+    # Not shortcuts to another result, these and the one below: the minimum would be ``size``. |E|_2 <= |E|_F, and
+    # |E|_2^2 <= |E^2|_F. Where ``size`` is a tensor, squares may leave the range.
+    bound = None
+    if isinstance(size, float):
+        if known_true(torch.linalg.vector_norm(e, dim=(-2, -1)) <= min(max_norm, max_contraction)):
+            return size
+        squared = e @ e
+        within = known_true(torch.linalg.vector_norm(squared, dim=(-2, -1)) <= max_norm * max_norm)
+        if within and (not limited or no_contraction_beyond(size)):
+            return size
+        # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
+        bound = spectral_bound(squared).sqrt()
     scale: Tensor | float = 1.0
     if bound is None or not known_true(torch.isfinite(bound)):
         # Entries of size 1, so that squares neither overflow nor vanish. The entries of a short step stay below that:
@@ -140,13 +150,10 @@ def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: f
         e = e / scale
         bound = spectral_bound(e @ e).sqrt()
     length = (max_norm / bound).clamp(max=size * scale)
-    if max_contraction < math.inf:
-        # A Cholesky factor of c I + s E says that no eigenvalue is below -c.
-        shifted = max_contraction * identity_like(e) + length.detach() * e.detach()
-        if not known_true(torch.linalg.cholesky_ex(shifted).info == 0):
-            # The floor is for steps that contract nowhere; max_norm / bound has shortened them to far less.
-            contraction = torch.maximum(_largest_contraction(e, bound), torch.finfo(e.dtype).eps * bound)
-            length = torch.minimum(length, max_contraction / contraction)
+    if limited and not no_contraction_beyond(length.detach()):
+        # The floor is for steps that contract nowhere; max_norm / bound has shortened them to far less.
+        contraction = torch.maximum(_largest_contraction(e, bound), torch.finfo(e.dtype).eps * bound)
+        length = torch.minimum(length, max_contraction / contraction)
     return length / scale
 
 
