@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, lively_weights, make_optimizer, normal
+from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, PARAMETER_FREE_OPTIMIZERS, lively_weights, make_optimizer, normal
 from torch.nn import functional
 
 import subspace_meta as sm
@@ -16,7 +16,7 @@ from subspace_meta.optim import ProjectionWarning, Riemannian, SubspaceMeta
 RULES = {"*.weight": sm.Stiefel()}
 NAN = torch.full((3, 2), torch.nan)
 INPUTS, LABELS = normal(40, 7, seed=1), torch.arange(40) % 3
-optimizers = pytest.mark.parametrize("name", [*OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
+optimizers = pytest.mark.parametrize("name", [*OPTIMIZERS, *PARAMETER_FREE_OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
 learned_and_hand_made = pytest.mark.parametrize("name", ["base", "RAdam"])
 
 
@@ -56,9 +56,10 @@ def loss_of(model, share=slice(None)):
 def train(optimizer, model, steps, change_gradients=lambda: None):
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_of(model).backward()
+        loss = loss_of(model)
+        loss.backward()
         change_gradients()
-        optimizer.step()
+        optimizer.step(loss=loss)
 
 
 def without_gradient(parameter):
@@ -92,7 +93,8 @@ def functional_run(name, model, steps, lr=1e-2):
         loss = functional.cross_entropy(torch.func.functional_call(model, everything, (INPUTS,)), LABELS)
         adamw.zero_grad()
         loss.backward()
-        params, state = optimizer.update({key: value.grad for key, value in point.items()}, state, params)
+        grads = {key: value.grad for key, value in point.items()}
+        params, state = optimizer.update(grads, state, params, loss.detach())
         adamw.step()
     return {**params, **{key: leaf.detach() for key, leaf in zip(others, leaves, strict=True)}}
 
