@@ -21,8 +21,9 @@ read, not the paper. It needs gradients only:
 Norms are those of the product of all parameters: one step for the run. P is the manifold's own transport: parallel
 on spheres and SPD, isometric on orthogonal matrices, a projection on Stiefel and Grassmann. Gradients are carried
 forward from x to x', where the published RAdaGD carries them backward; for parallel transport, and for projections in
-the inner product, that is the same. Both methods are for deterministic losses: with mini-batches, L is that of the
-noise. Cost: one gradient is kept; an exponential map and a transport a step.
+the inner product, that is the same. *Ours* is that the factor of a step stays where the gradient is exactly 0: there
+the published rules let it grow without bound. Both methods are for deterministic losses: with mini-batches, L is that
+of the noise. Cost: one gradient is kept; an exponential map and a transport a step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subspace_meta.adapter.features import TINY
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients
 from subspace_meta.optimizers.runs import inner, move
@@ -121,6 +121,7 @@ class RAdaGD:
         # 4/3 s is the smaller one wherever s L < 1, and r / L wherever it is not.
         long = state.size * smoothness >= 1.0
         size = torch.where(long, CAUTION / torch.where(long, smoothness, 1.0), GROWTH * state.size)
+        size = torch.where(inner(self.geometry, points, gradients, gradients) == 0.0, state.size, size)
         taken = (self.lr * size).to(size.dtype)
         moved = move(self.geometry, points, [-taken.to(r.dtype) * r for r in gradients], self.geodesic)
         carried = _carry(self.geometry, points, moved, gradients)
@@ -181,11 +182,13 @@ class RAdGD:
         limit = state.length / (2.0 * torch.where(known, squared, 1.0)).sqrt()
         grown = (1.0 + state.ratio).sqrt() * state.size
         size = torch.where(known, torch.minimum(grown, limit), grown)
+        energy = inner(self.geometry, points, gradients, gradients)
+        size = torch.where(energy == 0.0, state.size, size)
         started = (state.step > 0) & (state.size > 0.0)
         ratio = torch.where(started, size / torch.where(started, state.size, 1.0), 0.0)
         taken = (self.lr * size).to(size.dtype)
         moved = move(self.geometry, points, [-taken.to(r.dtype) * r for r in gradients], self.geodesic)
         carried = _carry(self.geometry, points, moved, gradients)
-        # TINY keeps the root's derivative finite at a gradient of zero.
-        length = taken * (inner(self.geometry, points, gradients, gradients) + TINY).sqrt()
+        # No length, rather than a tiny one, where the gradient was zero: the next step then learns nothing from this.
+        length = taken * torch.where(energy > 0.0, torch.where(energy > 0.0, energy, 1.0).sqrt(), energy)
         return self.geometry.scatter(moved), RAdGDState(state.step + 1, size, ratio, length, carried)

@@ -20,7 +20,7 @@ VectorAdam (Ling et al., "VectorAdam for rotation equivariant geometry optimizat
 second moment for each matrix, not one for each entry: so it follows orthogonal factors. ``muon`` brings the larger
 singular values to about 0.7 to 1.2, and in three iterations small ones not so far. Its published code makes each matrix
 of a batch one row of what it orthogonalises, so that a single matrix is scaled and no more; here it is the matrix that
-is orthogonalised.
+is orthogonalised. (The published momentum counts the first gradient 1 + ``momentum`` times; here it is once.)
 
 *Ours* is the bound ``epsilon``. With e = |A^T A - I|_2 < 1 the new error is at most (3 e^2 + e^3) / 4 < e^2, so a step
 shortened to |lr S|_2^2 <= sqrt(epsilon) - |X^T X - I|_2 keeps |X^T X - I|_2 <= epsilon. Where no step is that long, and

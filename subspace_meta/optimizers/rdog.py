@@ -61,7 +61,8 @@ class RDoG:
         initial: epsilon, the distance that is taken for granted before the first step.
         eps: added to the denominators; relative to the gradient's scale (in RDoWG ``initial`` times that) it should be
             negligible.
-        curvature: correct by zeta.
+        curvature: k; ``None``: the least bound of the manifolds, and 0 for those that are not of this library. 0
+            leaves zeta at 1.
         geodesic: move along geodesics, as published; otherwise by each manifold's own retraction.
 
     Raises:
@@ -73,7 +74,7 @@ class RDoG:
     variant: Variant = "RDoG"
     initial: float = 1e-6
     eps: float = 1e-8
-    curvature: bool = True
+    curvature: float | None = None
     geodesic: bool = True
 
     def __post_init__(self) -> None:
@@ -118,8 +119,10 @@ class RDoG:
         return self.geometry.scatter(moved), RDoGState(step, travelled, energy, state.start)
 
     def _zeta(self, travelled: Tensor) -> Tensor:
-        bound = min(curvature_bound(p.manifold) for p in self.geometry.parameters) if self.curvature else 0.0
-        if bound == 0.0:
+        bound = self.curvature
+        if bound is None:
+            bound = min(curvature_bound(p.manifold) for p in self.geometry.parameters)
+        if bound >= 0.0:
             return torch.ones_like(travelled)
         scaled = math.sqrt(-bound) * travelled
         return scaled / scaled.tanh()

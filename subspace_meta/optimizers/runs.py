@@ -24,7 +24,6 @@ from torch import Tensor
 from subspace_meta.geometry import Geometry
 from subspace_meta.manifolds import (
     SPD,
-    Euclidean,
     Geodesic,
     Grassmann,
     Manifold,
@@ -79,7 +78,7 @@ def inner(geometry: Geometry, points: Sequence[Tensor], u: Sequence[Tensor], v: 
 
 
 def curvature_bound(manifold: Manifold) -> float:
-    """Return a lower bound of the sectional curvature, at most 0."""
+    """Return a lower bound of the sectional curvature, at most 0; of a manifold from elsewhere 0."""
     if isinstance(manifold, Product):
         return min(map(curvature_bound, manifold.factors))
     return -0.5 if isinstance(manifold, SPD | Stiefel) else 0.0
@@ -89,7 +88,7 @@ def has_distance(manifold: Manifold) -> bool:
     """Return whether :func:`squared_distance` knows ``manifold``."""
     if isinstance(manifold, Product):
         return all(map(has_distance, manifold.factors))
-    return isinstance(manifold, (*ORTHONORMAL, Grassmann, SPD, Sphere, Oblique, Euclidean))
+    return isinstance(manifold, Stiefel | StiefelCanonical) or type(manifold).distance is not Manifold.distance
 
 
 def squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
