@@ -437,6 +437,7 @@ def test_at_the_solution_it_stays(name):
     for _ in range(500):
         moved, state = optimizer.update(grads, state, params, value)
     assert largest_difference(moved, params) < 1e-15
+    assert not hasattr(state, "size") or float(state.size) <= 4 / 3, "it does not grow"
     moved, state = optimizer.update({"x": normal(4, 1, seed=5)}, state, params, value)
     assert 1e-9 < largest_difference(moved, params) < 2
 
@@ -453,6 +454,19 @@ def test_a_schedule_may_start_at_zero(name):
         scaled = dataclasses.replace(optimizer, lr=min(1.0, t / 20))
         params, state = scaled.update(grads, state, params, value)
     assert float(loss(params["x"]) - best) < 0.02 * first
+
+
+@pytest.mark.parametrize("name", ["RAdaGD", "RAdGD"])
+def test_a_step_of_length_zero_says_nothing_of_smoothness(name):
+    """Where nothing moved, what changed between two gradients and two losses is noise."""
+    geometry, params = start({"x": (4, 1)}, {"x": sm.Sphere()})
+    optimizer = make(name, geometry)
+    still = dataclasses.replace(optimizer, lr=0.0)
+    params, state = still.update({"x": normal(4, 1, seed=5)}, optimizer.init(params), params, torch.tensor(1.0))
+    before = float(state.size)
+    for value in (0.999, 2.0):
+        _, after = optimizer.update({"x": normal(4, 1, seed=6)}, state, params, torch.tensor(value))
+        assert float(after.size) == pytest.approx({"RAdaGD": 4 / 3, "RAdGD": 1.0}[name] * before)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
