@@ -98,17 +98,17 @@ def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
     return limit / squared_norm.clamp(min=limit)
 
 
-# Far above every bound and far below where the square of a norm overflows, in float32.
-_HUGE = 2.0**40
+# Far above every bound, and below where squares of squares overflow in float32.
+_HUGE = 2.0**28
 
 
 def _without_huge(v: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return V and ``squares(V)``; a step so long that these overflow is first brought to |V|_F = 2^40.
+    """Return V and ``squares(V)``; a step so long that these may overflow is brought to |V|_F = 2^28.
 
     Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
     """
     squared = squares(v)
-    if known_true(torch.isfinite(squared)):
+    if known_true(squared < _HUGE * _HUGE):
         return v, squared
     norm = torch.linalg.vector_norm(v.detach(), dim=(-2, -1), keepdim=True, dtype=torch.float64)
     v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
@@ -160,8 +160,8 @@ class HouseholderQR(OrthonormalRetraction):
     """The same QR retraction by LAPACK's Householder reflections.
 
     Steps with Frobenius norm above ``max_norm`` are shortened to it: where |V| is large, X is lost in the sum, and the
-    result is only as good as eps (1 + |V|^2), its derivative too. The float32 orthonormality error is below 1e-6 at every
-    length, rank-deficient steps included.
+    result is only as good as eps (1 + |V|^2), its derivative too. The float32 orthonormality error is below 1e-6 at
+    every length, rank-deficient steps included.
     """
 
     max_norm: float = 10.0

@@ -31,16 +31,16 @@ def normalized(y: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 # Far above every bound of a step, and far below where its square overflows in float32.
-_HUGE = 2.0**40
+_HUGE = 2.0**28
 
 
 def _without_huge(v: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return V and its squared norm along ``dim``; a step whose square overflows is first brought to the length 2^40.
+    """Return V and its squared norm along ``dim``; a step far beyond every bound is brought to the length 2^28.
 
     Its direction is all that counts there, so the factor is a constant.
     """
     squared = dot(v, v, dim)
-    if known_true(torch.isfinite(squared)):
+    if known_true(squared < _HUGE * _HUGE):
         return v, squared
     norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
     v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)

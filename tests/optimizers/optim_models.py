@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, lively_weights, make_optimizer, normal
+from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, PARAMETER_FREE_OPTIMIZERS, lively_weights, make_optimizer, normal
 from torch.nn import functional
 
 import subspace_meta as sm
@@ -14,7 +14,7 @@ RULES = {"*.weight": sm.Stiefel()}
 # Stacks of equal shapes and other memory layouts are other operations: units in the last place, over a few steps.
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 INPUTS, LABELS = normal(40, 7, seed=1), torch.arange(40) % 3
-optimizers = pytest.mark.parametrize("name", [*OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
+optimizers = pytest.mark.parametrize("name", [*OPTIMIZERS, *PARAMETER_FREE_OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
 learned_and_hand_made = pytest.mark.parametrize("name", ["base", "RAdam"])
 
 
@@ -54,9 +54,10 @@ def loss_of(model, share=slice(None)):
 def train(optimizer, model, steps, change_gradients=lambda: None):
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_of(model).backward()
+        loss = loss_of(model)
+        loss.backward()
         change_gradients()
-        optimizer.step()
+        optimizer.step(loss=loss)
 
 
 def without_gradient(parameter):

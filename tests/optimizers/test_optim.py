@@ -49,7 +49,8 @@ def functional_run(name, model, steps, lr=1e-2):
         loss = functional.cross_entropy(torch.func.functional_call(model, everything, (INPUTS,)), LABELS)
         adamw.zero_grad()
         loss.backward()
-        params, state = optimizer.update({key: value.grad for key, value in point.items()}, state, params)
+        grads = {key: value.grad for key, value in point.items()}
+        params, state = optimizer.update(grads, state, params, loss.detach())
         adamw.step()
     return {**params, **{key: leaf.detach() for key, leaf in zip(others, leaves, strict=True)}}
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, make_optimizer, normal, start
+from making import OPTIMIZERS, ORTHONORMAL_OPTIMIZERS, PARAMETER_FREE_OPTIMIZERS, make_optimizer, normal, start
 from optim_models import ROUNDING, RULES, assert_equal, learned_and_hand_made, loss_of, network, shell, train, values
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,11 +28,13 @@ SHAPES = {
 def run(optimizer, params, state, steps, seed=0):
     for step in range(steps):
         grads = {name: normal(*value.shape, seed=seed + step) for name, value in params.items()}
-        params, state = optimizer.update(grads, state, params)
+        params, state = optimizer.update(
+            grads, state, params, torch.tensor(1.0 / (step + seed + 1), dtype=torch.float64)
+        )
     return params, state
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *PARAMETER_FREE_OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS])
 def test_a_state_is_cut_into_parameters_and_put_together_bit_for_bit(name):
     geometry, params = start(SHAPES, {"*": sm.Stiefel()})
     optimizer = make_optimizer(name, geometry)
