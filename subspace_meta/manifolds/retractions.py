@@ -102,7 +102,7 @@ def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
 _HUGE = 2.0**28
 
 
-def _without_huge(v: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def without_huge(v: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return V and ``squares(V)``; a step so long that these may overflow is brought to |V|_F = 2^28.
 
     Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
@@ -124,7 +124,7 @@ def _shortened(v: Tensor, max_norm: float) -> Tensor:
 
     |V|_2 is bounded by :func:`~subspace_meta.manifolds.base.spectral_bound` of V^T V: never too small.
     """
-    v, inner = _without_huge(v, gram)
+    v, inner = without_huge(v, gram)
     return v * _squared_scale(spectral_bound(inner), max_norm).sqrt()
 
 
@@ -144,7 +144,7 @@ class CholeskyQR(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return (X+V) L^{-T} with L L^T = (X+V)^T (X+V)."""
-        v, squared_norm = _without_huge(v.to(x.dtype), _squared_frobenius)
+        v, squared_norm = without_huge(v.to(x.dtype), _squared_frobenius)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
         factor = torch.linalg.cholesky_ex(gram(y)).L
@@ -170,7 +170,7 @@ class HouseholderQR(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthonormal factor of X+V."""
-        v, squared_norm = _without_huge(v.to(x.dtype), _squared_frobenius)
+        v, squared_norm = without_huge(v.to(x.dtype), _squared_frobenius)
         return positive_qr(torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v))
 
 
@@ -279,7 +279,7 @@ class PolarNewtonSchulz(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthogonal polar factor of X+V."""
-        v, inner = _without_huge(v.to(x.dtype), gram)
+        v, inner = without_huge(v.to(x.dtype), gram)
         squared_norm = spectral_bound(inner)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # The limit does not depend on the centre 1 + h, so its derivative is left out.
@@ -327,7 +327,7 @@ class Cayley(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the Cayley transform of W applied to X, polished."""
-        v, inner = _without_huge(v.to(x.dtype), gram)
+        v, inner = without_huge(v.to(x.dtype), gram)
         identity = identity_like(x)
         squared_scale = _squared_scale(spectral_bound(inner), self.max_norm)
         scale = squared_scale.sqrt()

@@ -40,7 +40,7 @@ from torch import Tensor
 from subspace_meta.adapter.features import TINY
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.manifolds.base import euclidean_inner, gram, identity_like, spectral_bound
-from subspace_meta.manifolds.retractions import newton_schulz_step
+from subspace_meta.manifolds.retractions import newton_schulz_step, without_huge
 from subspace_meta.optimizers.base import check_decay, check_manifolds, check_rate, check_start, gather_euclidean
 from subspace_meta.optimizers.landing import relative_gradient
 
@@ -60,11 +60,11 @@ def quintic_sign(y: Tensor, steps: int) -> Tensor:
 
 
 class POGOState(NamedTuple):
-    """Per group a buffer of Euclidean gradients (none without momentum); of VectorAdam also energies and step count."""
+    """Step count; per group a buffer of Euclidean gradients (none without momentum), and energies of VectorAdam."""
 
+    step: Tensor
     momentum: tuple[Tensor, ...]
     energy: tuple[Tensor, ...] = ()
-    step: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,24 @@ class POGO:
         """Return zero moments; the start must be feasible to 1e-3."""
         check_start(self.geometry, params)
         points = self.geometry.gather(params)
-        if self.base != "vector_adam":
-            return POGOState(tuple(map(torch.zeros_like, points if self.momentum else [])))
-        energy = tuple(x.new_zeros(x.shape[:-2]) for x in points)
-        return POGOState(tuple(map(torch.zeros_like, points)), energy, (points[0].new_zeros(()),))
+        adaptive = self.base == "vector_adam"
+        return POGOState(
+            points[0].new_zeros(()),
+            tuple(map(torch.zeros_like, points)) if adaptive or self.momentum else (),
+            tuple(x.new_zeros(x.shape[:-2]) for x in points) if adaptive else (),
+        )
 
     def update(
         self, grads: Mapping[str, Tensor], state: POGOState, params: Mapping[str, Tensor], value: Tensor | None = None
     ) -> tuple[Params, POGOState]:
         """Take one step; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
         points, directions = self.geometry.gather(params), gather_euclidean(self.geometry, grads)
+        state = state._replace(step=state.step + 1)
         if self.base == "vector_adam":
             directions, state = self._vector_adam(directions, state)
         elif self.momentum:
             directions = [self.momentum * m + g for m, g in zip(state.momentum, directions, strict=True)]
-            state = POGOState(tuple(directions))
+            state = state._replace(momentum=tuple(directions))
         if self.base == "muon":
             directions = [quintic_sign(g.to(x.dtype), self.muon_steps) for x, g in zip(points, directions, strict=True)]
         moved = [self._move(x, g) for x, g in zip(points, directions, strict=True)]
@@ -143,8 +146,7 @@ class POGO:
 
     def _vector_adam(self, gradients: Sequence[Tensor], state: POGOState) -> tuple[list[Tensor], POGOState]:
         beta1, beta2 = self.betas
-        step = state.step[0] + 1
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        correction1, correction2 = 1 - beta1**state.step, 1 - beta2**state.step
         directions, momenta, energies = [], [], []
         for g, m, v in zip(gradients, state.momentum, state.energy, strict=True):
             g = g.to(m.dtype)
@@ -155,12 +157,13 @@ class POGO:
             directions.append(m / denominator[..., None, None].to(m.dtype))
             momenta.append(m)
             energies.append(v)
-        return directions, POGOState(tuple(momenta), tuple(energies), (step,))
+        return directions, POGOState(state.step, tuple(momenta), tuple(energies))
 
     def _move(self, x: Tensor, direction: Tensor) -> Tensor:
         gram_matrix = gram(x)
         step = -self.lr * relative_gradient(x, direction, gram_matrix)
         room = math.sqrt(self.epsilon) - spectral_bound(gram_matrix - identity_like(x))
         room = room.clamp(min=torch.finfo(x.dtype).eps)
-        shorter = (room / torch.maximum(spectral_bound(gram(step)), room)).sqrt()
+        step, inner = without_huge(step, gram)
+        shorter = (room / torch.maximum(spectral_bound(inner), room)).sqrt()
         return newton_schulz_step(x + shorter * step)

@@ -52,7 +52,7 @@ curved = pytest.mark.parametrize("case", CURVED, ids=label)
 
 
 def away(manifold, x, y):
-    """Return how far ``y`` is from ``x``, ``(...)``: a length that grows with every angle and every eigenvalue's ratio."""
+    """Return how far ``y`` is from ``x``, ``(...)``: it grows with every angle and every eigenvalue's ratio."""
     x, y = x.double(), y.double()
     if isinstance(manifold, SPD):
         root = torch.linalg.cholesky(x)
@@ -66,10 +66,7 @@ def away(manifold, x, y):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_a_longer_step_never_ends_nearer(case, dtype):
     manifold, shape = case
-    # Near a right angle asin, and so this test, has half of the digits.
-    rounding = (
-        3e-6 if dtype == torch.float32 else 3e-8 if isinstance(manifold, Grassmann | Rotations | Orthogonal) else 1e-10
-    )
+    rounding = (3e-5 if isinstance(manifold, SPD) else 1e-6) if dtype == torch.float32 else 1e-12
     for rank in (None, 1, 2):
         for seed in range(4):
             x = manifold.random_point(shape, seeded(seed), dtype)
@@ -137,7 +134,8 @@ def test_descent_at_any_rate_is_no_silent_fixed_point(case):
             params, state = optimizer.update(grads, state, params)
             assert params["x"].isfinite().all()
             still = (params["x"] - before).abs().amax(dim=(-2, -1)) < 1e-7
-            slope = manifold.norm(before, manifold.riemannian_gradient(before, grads["x"]))
+            gradient = manifold.riemannian_gradient(before, grads["x"])
+            slope = manifold.inner(before, gradient, gradient).sqrt()
             assert not (still & (rate * slope > 1e-4)).any(), (rate, step)
 
 
