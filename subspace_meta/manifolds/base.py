@@ -118,10 +118,14 @@ class Manifold(abc.ABC):
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the squared geodesic distance, ``(...)``: smooth at equal points, its Hessian is twice the metric.
 
+        A manifold that has :meth:`distance` only gives its square, which is not.
+
         Raises:
             NotImplementedError: no closed form is known or implemented.
         """
-        raise NotImplementedError(f"{self.name} has no closed distance here")
+        if type(self).distance is Manifold.distance:
+            raise NotImplementedError(f"{self.name} has no closed distance here")
+        return self.distance(x, y).square()
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the length of ``v`` in the metric, of shape ``(...)``; its derivative at 0 is 0.
