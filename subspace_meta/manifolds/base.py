@@ -45,6 +45,12 @@ class Manifold(abc.ABC):
         """Whether :meth:`transport` keeps inner products."""
         return False
 
+    @property
+    def has_distance(self) -> bool:
+        """Whether there is a :meth:`distance`."""
+        mine = type(self)
+        return mine.distance is not Manifold.distance or mine.squared_distance is not Manifold.squared_distance
+
     @abc.abstractmethod
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise ``ValueError`` naming ``shape`` and what would be right, if points cannot have that shape."""

@@ -9,10 +9,15 @@ from mpmath import mp, mpf
 
 from subspace_meta.manifolds import SPD, Euclidean, Grassmann, Oblique, Orthogonal, Product, Rotations, Sphere, Stiefel
 
-mp.dps = 50
 BOTH = Product((Sphere(), Euclidean()), (3, 1))
 GAPS = [0.0, *(10.0**-k for k in range(1, 9))]
 types = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+@pytest.fixture(autouse=True)
+def fifty_digits():
+    with mp.workdps(50):
+        yield
 
 
 def plane_rotation(n, angles, dtype, basis):
