@@ -87,7 +87,7 @@ MUTANTS = (
     mutant("matrix_functions", "STEPS = 3", "STEPS = 2", "derivatives of second order only"),
     mutant("matrix_functions", "divided = outer_sum(roots, roots)", "divided = 2.0 * outer_sum(roots, 0.0 * roots)", "wrong divided difference"),
     mutant("matrix_functions", "constant = a.detach()", "constant = a", "derivative through the eigenvectors"),
-    mutant("matrix_functions", "half * half / 6.0", "half * half / 3.0", "wrong divided difference"),
+    mutant("matrix_functions", "torch.where(near, 1.0 + half", "torch.where(near, 1.5 + half", "wrong divided difference"),
     mutant("matrix_functions", "far.sinh() / far)", "far.cosh())", "wrong divided difference"),
     mutant("matrix_functions", "values[..., -1:].clamp(min=info.tiny / info.eps)", "values[..., -1:].clamp(min=info.eps)", "an absolute floor for eigenvalues"),
     mutant("matrix_functions", "residual = vectors.mT @ (a.detach() - start @ start) @ vectors", "residual = 0.0 * d", "rounding of the decomposition left"),
