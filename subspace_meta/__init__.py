@@ -53,6 +53,7 @@ from subspace_meta.optimizers import (
     SubspaceOptimizer,
 )
 from subspace_meta.optimizers.subspace import PRESETS
+from subspace_meta.rules import rules_for
 from subspace_meta.weights import pretrained
 
 __all__ = [
@@ -104,5 +105,6 @@ __all__ = [
     "check_manifold",
     "load_weights",
     "pretrained",
+    "rules_for",
     "save_weights",
 ]

@@ -33,6 +33,11 @@ class Manifold(abc.ABC):
         return type(self).__name__
 
     @property
+    def vectors(self) -> str:
+        """What the columns of a point are, in a word: "orthonormal", "unit"; empty where they are nothing special."""
+        return ""
+
+    @property
     def retraction_order(self) -> float:
         """The proven order of :meth:`retract`: the largest k with dist(R_x(tv), Exp_x(tv)) = O(t^(k+1)).
 

@@ -33,6 +33,11 @@ class Grassmann(Manifold):
         object.__setattr__(self, "_bounded", self.retraction.on_grassmann())
 
     @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
+
+    @property
     def retraction_order(self) -> float:
         """The order of the retraction's span."""
         return self.retraction.grassmann_order

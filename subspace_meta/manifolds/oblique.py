@@ -39,6 +39,11 @@ class Oblique(Manifold):
     retraction: SphereRetraction = field(default=Normalization())
 
     @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "unit"
+
+    @property
     def retraction_order(self) -> float:
         """The retraction's order."""
         return self.retraction.order

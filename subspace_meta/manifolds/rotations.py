@@ -34,6 +34,11 @@ class Rotations(Manifold):
     retraction: OrthonormalRetraction = field(default=PolarNewtonSchulz())
 
     @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
+
+    @property
     def retraction_order(self) -> float:
         """The retraction's order on square matrices."""
         return self.retraction.rotation_order
