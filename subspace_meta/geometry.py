@@ -189,8 +189,8 @@ class Geometry:
         """Return the geometry of ``count`` sets of these parameters, stacked along a new leading dimension.
 
         The groups stay as they are, each with one more batch dimension: optimizers then take the steps of all sets at
-        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, which all
-        of this library do.
+        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, as all do
+        but those that choose one step for a whole run (``RDoG``, ``RAdaGD``, ``RAdGD``): they need ``vmap``.
         """
         stacked = {
             p.name: ParameterGeometry(p.name, (count, *p.shape), p.manifold, p.view.stacked(), (count, *p.matrix_shape))
