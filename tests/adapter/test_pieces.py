@@ -8,7 +8,7 @@ from making import adapt_step, lively_weights, normal
 from subspace_kernels import Layout
 from subspace_kernels.reference import cross_matrix_means, matrix_mean
 
-from subspace_meta.adapter.base import CONTEXT_FEATURES, FEATURES, LONGEST, OUTPUTS, BaseAdapter
+from subspace_meta.adapter.base import CONTEXT_FEATURES, FEATURES, GAUGES, LONGEST, OUTPUTS, BaseAdapter
 from subspace_meta.adapter.features import FLOOR, clock, cosine, log_ratio
 from subspace_meta.adapter.network import init_lstm, lstm_cell
 from subspace_meta.adapter.paper import PaperAdapter
@@ -95,7 +95,9 @@ def count(adapter):
 
 def test_numbers_of_meta_parameters():
     assert count(PaperAdapter()) == 5242  # the published figure
-    assert count(BaseAdapter()) == 4 * 20 * (FEATURES + 20 + 1) + 2 * OUTPUTS * 21 + 8 + 2 * CONTEXT_FEATURES + 3
+    assert (
+        count(BaseAdapter()) == 4 * 20 * (FEATURES + 20 + 1) + 2 * OUTPUTS * 21 + 8 + 3 * CONTEXT_FEATURES + GAUGES + 4
+    )
 
 
 @pytest.mark.parametrize("adapter", [BaseAdapter(), BaseAdapter(hidden=7), PaperAdapter(), PaperAdapter(hidden=3)])
