@@ -187,7 +187,7 @@ def _base(
 
     scales, outputs, coordinates = [], [], []
     for n in range(d + p):
-        side, head = (0, slice(0, 6)) if n < d else (1, slice(6, 12))
+        side, head = (0, slice(0, 5)) if n < d else (1, slice(5, 10))
         relative = [
             _log_ratio(energy[n], mean_energy),
             _log_ratio(fast[n], mean_fast),
@@ -202,8 +202,8 @@ def _base(
         outputs.append(output)
         coordinates.append(Coordinate(fast[n], slow[n], (hidden,), (cell,)))
 
-    # The other outputs speak for the matrix: how far to go, how much momentum to take, how to change the rate, how much
-    # of the orthonormal factor to take, and how the next momentum forgets.
+    # The other outputs speak for the matrix: how far to go, how much momentum to take, how to change the rate, and how
+    # much of the orthonormal factor to take.
     def pooled(k: int) -> float:
         return sum(o[k] for o in outputs[:d]) / d + sum(o[k] for o in outputs[d:]) / p
 
@@ -212,7 +212,7 @@ def _base(
 
     change = 0.7 * math.tanh(skipped("rate.skip") + pooled(3)) / (1 + state.step / settling)
     rate = min(5.0, max(-14.0, state.rate + change))
-    damping = skipped("decay.skip") + pooled(5)
+    damping = skipped("decay.skip")
     mix = _sigmoid(float(theta["mix.bias"]) + pooled(2))
     share = _sigmoid(float(theta["spectral.bias"]) + pooled(4)) if spectral else 0.0
 

@@ -4,8 +4,8 @@
     features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time; the cosine
                  of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate
     network      one LSTM over all coordinates, a head for rows and a head for columns
-    momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, in (0, 1), which the step
-                 before has chosen
+    momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, the sigmoid of a weighted
+                 sum of the matrix's features in the step before
     direction    D = diag(l) ((1-a) R + a M) diag(k), mixed with its orthonormal factor; columns of length 1 on average
     rate         one number rho a matrix, the logarithm of a learning rate: each step changes it by at most
                  RATE / (1 + t/settling), so within a doubling of the time by a bounded factor, at any age
@@ -56,7 +56,7 @@ from subspace_meta.adapter.spectral import spectral_direction
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and old M
 CONTEXT_FEATURES = 11  # momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
-OUTPUTS = 6  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor, decay of the next momentum
+OUTPUTS = 5  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor
 GAUGES = 5  # direction/peak, peak/first, t, mass of the momentum, mass of the slow mean
 
 LONGEST = 4.0  # the mean column motion of a step is shorter
@@ -119,11 +119,11 @@ class BaseAdapter:
             "scale.skip": (2, 4),
             "length.skip": (CONTEXT_FEATURES,),
             "rate.skip": (CONTEXT_FEATURES,),
-            "decay.skip": (CONTEXT_FEATURES,),
-            "length.gauge": (GAUGES,),
             "length.bias": (),
             "mix.bias": (),
             "spectral.bias": (),
+            "length.gauge": (GAUGES,),
+            "decay.skip": (CONTEXT_FEATURES,),
             "decay.bias": (),
         }
 
@@ -276,7 +276,7 @@ class BaseAdapter:
         factors: list[Tensor | float] = [
             part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
         ]
-        of_matrices = (peak, first, mass, decay_skip + pooled[4], rate, turn, matrix[4])
+        of_matrices = (peak, first, mass, decay_skip, rate, turn, matrix[4])
         return scaled, factors, BaseState(step, tuple(momentum), fast, slow, *of_matrices, hidden, cell)
 
     @staticmethod

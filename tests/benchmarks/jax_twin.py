@@ -21,7 +21,7 @@ from jax import lax
 TINY, FLOOR = 1e-30, 1e-6
 FAST, SLOW = 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
-OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS, DECAY_BOUNDS = 6, 4.0, 0.7, 30.0, (-14.0, 5.0), (-6.0, 7.0)
+OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS, DECAY_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0), (-6.0, 7.0)
 
 
 def project(x: Any, v: Any) -> Any:
@@ -134,7 +134,7 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     pooled = rows[1:].mean(axis=1) + columns[1:].mean(axis=1)
     change = jnp.tanh(context @ theta["rate.skip"] + pooled[2]) * (RATE / (1.0 + settled / SETTLING))
     rate = jnp.clip(rate + change, *RATE_BOUNDS)
-    damping = context @ theta["decay.skip"] + pooled[4]
+    damping = context @ theta["decay.skip"]
     mix = jax.nn.sigmoid(theta["mix.bias"] + pooled[1])
     direction = row_scale[:, None] * (r + mix * (m - r)) * column_scale[None]
     squares = (direction**2).sum() / p
