@@ -12,11 +12,12 @@ the point's type first, and answers in it.
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import known_true
+from subspace_meta._tracing import has_values
 
 
 class Manifold(abc.ABC):
@@ -107,12 +108,32 @@ class Manifold(abc.ABC):
         raise NotImplementedError(f"{self.name} has no closed logarithm here")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the geodesic distance, of shape ``(...)``.
+        """Return the geodesic distance, of shape ``(...)``. Its derivative at y = x is 0.
 
         Raises:
             NotImplementedError: no closed form is known or implemented.
         """
         raise NotImplementedError(f"{self.name} has no closed distance here")
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared geodesic distance, of shape ``(...)``, with first and second derivatives at y = x too.
+
+        There the Hessian of w -> squared_distance(x, exp_x(w)) is twice the metric; the square of :meth:`distance`,
+        whose derivative at y = x is a convention, has none.
+
+        Raises:
+            NotImplementedError: no closed form is known or implemented.
+        """
+        raise NotImplementedError(f"{self.name} has no closed distance here")
+
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the length <v, v>_x^(1/2), of shape ``(...)``; its derivative at v = 0 is 0.
+
+        Entries are divided by the largest one before they are squared: no size overflows or vanishes.
+        """
+        scale = positive(largest_entry(v, MATRIX))
+        unit = v.to(x.dtype) / scale
+        return root(self.inner(x, unit, unit)) * scale[..., 0, 0]
 
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a tangent vector at ``x``: the projection of a standard normal matrix."""
@@ -128,6 +149,49 @@ class Manifold(abc.ABC):
     def from_coordinates(self, x: Tensor, v: Tensor) -> Tensor:
         """Invert :meth:`coordinates`. The result need not be tangent: project it."""
         return v.to(x.dtype)
+
+
+MATRIX = (-2, -1)
+
+
+def values_at_hand(*tensors: Tensor) -> bool:
+    """Return whether reading the tensors costs nothing: plain ones on a CPU, neither traced nor transformed.
+
+    Then a cheaper way to the *same* result may be chosen by looking; see :func:`subspace_meta._tracing.known_true`.
+    """
+    return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def largest_entry(v: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the largest |entry| along ``dim``, kept as dimensions of size one; a constant for derivatives."""
+    return v.detach().abs().amax(dim=dim, keepdim=True)
+
+
+def positive(size: Tensor) -> Tensor:
+    """Return ``size``, or 1 where it is 0: what to divide by."""
+    return torch.where(size == 0, 1.0, size)
+
+
+def clipped(v: Tensor, dim: tuple[int, ...], power: float) -> Tensor:
+    """Return ``v``, shortened along ``dim`` until no entry exceeds the type's largest number to that ``power``.
+
+    The direction stays. With 3/8 the sum of 2^31 squares is finite, with 1/8 (6e4 in float32) that of fourth powers.
+    """
+    limit = torch.finfo(v.dtype).max ** power
+    largest = largest_entry(v, dim)
+    return v * torch.where(largest > limit, limit / largest, 1.0)
+
+
+def root(squared: Tensor) -> Tensor:
+    """Return the square root, with derivatives 0 instead of infinite ones at 0."""
+    zero = squared == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
+
+
+def norm_along(v: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the root of the sum of squares along ``dim``, kept as dimensions of size one, for entries of any size."""
+    scale = positive(largest_entry(v, dim))
+    return root((v / scale).square().sum(dim=dim, keepdim=True)) * scale
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -170,18 +234,24 @@ def without_rounding(gradient: Tensor, euclidean_gradient: Tensor) -> Tensor:
 
     Where the Euclidean gradient is normal to the manifold the exact result is 0; what is computed is about eps times
     its size, points anywhere, is not even tangent, and would become a step of any length in an optimizer that divides
-    by the gradient's size. Sizes are Frobenius norms; two passes over the inputs, nothing is copied.
+    by the gradient's size. Sizes are Frobenius norms, of gradients of any size; where values are at hand, and the
+    squares neither overflow nor vanish, two passes over the inputs, and nothing is copied.
     """
 
     def squared_norm(a: Tensor) -> Tensor:
         return euclidean_inner(a, a)[..., None, None]
 
-    whole = squared_norm(euclidean_gradient.to(gradient.dtype))
-    threshold = (ROUNDING_UNITS * torch.finfo(gradient.dtype).eps) ** 2
-    # A gradient that is not finite, or whose square is not, goes on as it is.
-    lost = (squared_norm(gradient) <= threshold * whole) & torch.isfinite(whole)
-    if known_true(~lost):
-        return gradient
+    whole = euclidean_gradient.to(gradient.dtype)
+    info = torch.finfo(gradient.dtype)
+    threshold = (ROUNDING_UNITS * info.eps) ** 2
+    if values_at_hand(gradient, whole):
+        # The smallest normal number: a square below it has lost digits, or all of them.
+        kept = squared_norm(gradient) > (threshold * squared_norm(whole)).clamp(min=info.tiny)
+        if bool(kept.all()):
+            return gradient
+    scale = positive(largest_entry(whole, MATRIX))
+    # A gradient that is not finite compares false and goes on as it is.
+    lost = squared_norm(gradient / scale) <= threshold * squared_norm(whole / scale)
     return torch.where(lost, torch.zeros_like(gradient), gradient)
 
 
@@ -240,6 +310,52 @@ def divide_by_lower(y: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0]
 
 
+def squared_angles(squared_sines: Tensor, angles: Tensor) -> Tensor:
+    """Return sum t_i^2 with right first and second derivatives, shape ``(...)``, though it takes a decomposition.
+
+    ``squared_sines`` is a symmetric S, ``(..., p, p)``, with eigenvalues sin(t_i)^2; ``angles`` are its t_i in
+    [0, pi/2], ascending, by whatever way is most accurate. With E = U^T (S - S_0) U in the eigenbasis of the constant
+    S_0 = S, so E = 0 but for its derivatives, and f(q) = asin(sqrt q)^2,
+
+        tr f(S) = sum_i t_i^2 + sum_i f'_i E_ii + sum_ij f'[q_i, q_j] E_ij^2 / 2 + O(E^3),
+
+    with divided differences f'[.,.] (Daleckii and Krein 1965; Higham, "Functions of Matrices", 2008, theorem 3.11):
+    no eigenvalue gap is divided by. Derivatives of third order are not right, and at t = pi/2 none exists.
+    """
+    t = angles.detach()
+    eps = torch.finfo(t.dtype).eps
+    constant = squared_sines.detach()
+    basis = torch.linalg.eigh(constant).eigenvectors
+    e = basis.mT @ (squared_sines - constant) @ basis
+    # f' = 2t / sin 2t. The floors keep what does not exist at pi/2 finite.
+    slope = 1.0 / torch.sinc(2.0 / math.pi * t).clamp(min=eps)
+    ti, tj = t[..., :, None], t[..., None, :]
+    middle = 0.5 * (ti + tj)
+    # f'' = (2 sin 2t - 4t cos 2t) / sin(2t)^3; near 0 by its series, sum_n 4^n (n-1) q^(n-2) / (2n binom(2n, n)).
+    q = middle.sin().square()
+    series = torch.zeros_like(q)
+    for n in range(16, 1, -1):
+        series = series * q + 4**n * (n - 1) / (2 * n * math.comb(2 * n, n))
+    wide = torch.where(q < 0.1, 0.5, middle)
+    sine = (2.0 * wide).sin()
+    curvature = torch.where(q < 0.1, series, (2.0 * sine - 4.0 * wide * (2.0 * wide).cos()) / sine.clamp(min=eps) ** 3)
+    # sin(s)^2 - sin(t)^2 = sin(s + t) sin(s - t); at angles this close the middle's f'' errs less than a difference.
+    close = (ti - tj).abs() < eps ** (1 / 3)
+    gap = (ti + tj).sin() * (ti - tj).sin()
+    ratio = (slope[..., :, None] - slope[..., None, :]) / torch.where(close | (gap == 0), 1.0, gap)
+    divided = torch.where(close, curvature, ratio)
+    first = (slope * torch.diagonal(e, dim1=-2, dim2=-1)).sum(dim=-1)
+    value: Tensor = t.square().sum(dim=-1) + first + 0.5 * (divided * e.square()).sum(dim=(-2, -1))
+    return value
+
+
+def root_at(value: Tensor, squared: Tensor) -> Tensor:
+    """Return ``value`` with the first and second derivatives of the root of ``squared`` = value^2; 0 at 0."""
+    value = value.detach()
+    change = (squared - squared.detach()) / positive(value)
+    return value + torch.where(value == 0, 0.0, 0.5 * change - 0.125 * change.square() / positive(value))
+
+
 def gram_error(x: Tensor) -> Tensor:
     """Return the largest absolute entry of X^T X - I, of shape ``(...)``."""
     return (gram(x) - identity_like(x)).abs().amax(dim=(-2, -1))
@@ -258,5 +374,6 @@ def spectral_bound(a: Tensor) -> Tensor:
     mean = (trace(a) / p)[..., None, None]
     # Centred before squaring: nothing cancels when all eigenvalues are equal.
     spread = (a - mean * identity_like(a)).square().sum(dim=(-2, -1), keepdim=True) * ((p - 1) / p)
-    # The floor keeps the derivatives of the root finite there.
+    # The floor keeps the derivatives of the root finite there. It is no scale of the data: squared steps are measured,
+    # which are compared with bounds around 1, and so are deviations of a Gram matrix from I.
     return mean.abs() + (spread + torch.finfo(a.dtype).eps ** 2).sqrt()

@@ -252,6 +252,16 @@ def check_metric(sample: Sample) -> CheckResult:
     return CheckResult("metric", _largest(errors), sample.tolerance)
 
 
+def check_norm(sample: Sample) -> CheckResult:
+    """The norm is the root of the metric, at every size that the type holds, and its derivative at 0 is 0."""
+    m, x, v = sample.manifold, sample.x, sample.v
+    length = m.norm(x, v)
+    slope = torch.func.grad(lambda w: m.norm(x, w).sum())(torch.zeros_like(v))
+    errors = [difference(length.square(), m.inner(x, v, v)), difference(slope, torch.zeros_like(v))]
+    errors += [difference(m.norm(x, size * v) / size, length) for size in (1e-25, 1e25)]
+    return CheckResult("norm", _largest(errors), sample.tolerance)
+
+
 def check_gradient(sample: Sample) -> CheckResult:
     """Riesz: the Riemannian gradient is tangent and <grad, v>_x = tr(G^T v) for every tangent v."""
     m, x, g = sample.manifold, sample.x, sample.ambient
@@ -391,6 +401,34 @@ def check_logarithm(sample: Sample) -> CheckResult:
     return CheckResult(name, _largest(errors), sample.tolerance)
 
 
+def check_squared_distance(sample: Sample) -> CheckResult:
+    """It is the distance squared; at y = x its Hessian is twice the metric, and the distance has derivative 0."""
+    m, x, u, v, name = sample.manifold, sample.x, sample.u, sample.v, "squared distance"
+    try:
+        y = m.exp(x, 0.5 * v)
+        squared = m.squared_distance(x, y)
+        slope = torch.func.grad(lambda z: m.distance(x, z).sum())(x)
+    except NotImplementedError:
+        return CheckResult(name, 0.0, 0.0, "no closed squared distance", skipped=True)
+
+    def mixed(f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Differentiate f(exp_x(a u + b v)) by a and by b at 0."""
+        zero = torch.zeros((), dtype=sample.dtype)
+        by_b = torch.func.grad(lambda a, b: f(m.exp(x, a * u + b * v)).sum(), 1)
+        derivative: Tensor = torch.func.grad(lambda a: by_b(a, zero))(zero)
+        return derivative
+
+    twice = 2.0 * m.inner(x, u, v).sum()
+    errors = [
+        difference(squared, m.distance(x, y).square()),
+        difference(m.squared_distance(y, x), squared),
+        difference(slope, torch.zeros_like(x)),
+        difference(mixed(lambda z: m.squared_distance(x, z)), twice),
+        difference(mixed(lambda z: m.squared_distance(z, x)), twice),
+    ]
+    return CheckResult(name, _largest(errors), sample.tolerance)
+
+
 def check_batch(sample: Sample) -> CheckResult:
     """A batch gives what its items give one by one, in every method."""
     m = sample.manifold
@@ -444,6 +482,7 @@ CHECKS: tuple[Callable[[Sample], CheckResult], ...] = (
     check_idempotence,
     check_self_adjointness,
     check_metric,
+    check_norm,
     check_gradient,
     check_dimension,
     check_retraction,
@@ -453,6 +492,7 @@ CHECKS: tuple[Callable[[Sample], CheckResult], ...] = (
     check_coordinates,
     check_exponential,
     check_logarithm,
+    check_squared_distance,
     check_batch,
     check_derivatives,
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner
+from subspace_meta.manifolds.base import MATRIX, Manifold, embedded_inner, norm_along
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Euclidean(Manifold):
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Return ``v``: all tangent spaces are one."""
-        return v.to(x.dtype)
+        moved: Tensor = torch.broadcast_tensors(v.to(x.dtype), x, y)[0]  # type: ignore[no-untyped-call]
+        return moved
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
         """Return X + V."""
@@ -64,8 +65,11 @@ class Euclidean(Manifold):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Frobenius norm of Y - X."""
-        distance: Tensor = torch.linalg.matrix_norm(y - x)
-        return distance
+        return norm_along(y - x, MATRIX)[..., 0, 0]
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the squared entries of Y - X."""
+        return (y - x).square().sum(dim=MATRIX)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return ``x``."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
+from subspace_meta.manifolds.base import Manifold, embedded_inner, norm_along, without_rounding
 from subspace_meta.manifolds.sphere import (
     Normalization,
     SphereRetraction,
@@ -23,6 +23,7 @@ from subspace_meta.manifolds.sphere import (
     sphere_angle,
     sphere_log,
     sphere_projection,
+    sphere_squared_angle,
     unit_error,
 )
 
@@ -82,13 +83,16 @@ class Oblique(Manifold):
         return great_circle(x, v.to(x.dtype), COLUMN)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the shortest tangent to ``y``; undefined where a column meets its antipode."""
+        """Return the shortest tangent to ``y``; where a column meets its antipode one of them."""
         return sphere_log(x, y, COLUMN)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the root of the sum of the squared angles between the columns."""
-        distance: Tensor = torch.linalg.vector_norm(sphere_angle(x, y, COLUMN)[..., 0, :], dim=-1)
-        return distance
+        return norm_along(sphere_angle(x, y, COLUMN), (-2, -1))[..., 0, 0]
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the squared angles between the columns."""
+        return sphere_squared_angle(x, y, COLUMN).sum(dim=(-2, -1))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the matrix with normalised columns; a zero column goes to the first basis vector."""

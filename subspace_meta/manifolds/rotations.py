@@ -15,9 +15,11 @@ from subspace_meta.manifolds.orthogonal import (
     check_square,
     left_translation,
     rotation_dimension,
+    rotation_distance,
     rotation_exp,
     rotation_log,
     rotation_projection,
+    rotation_squared_distance,
 )
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz
 from subspace_meta.manifolds.stiefel import random_orthonormal
@@ -75,13 +77,16 @@ class Rotations(Manifold):
         return rotation_exp(x, v)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return X log(X^T Y), undefined where an angle is pi. Not for differentiated paths."""
+        """Return X log(X^T Y), one of the shortest where an angle is pi. Not for differentiated paths."""
         return rotation_log(x, y)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(X^T Y)."""
-        distance: Tensor = torch.linalg.matrix_norm(rotation_log(x, y))
-        return distance
+        """Return the Frobenius norm of log(X^T Y). Two derivatives, up to the angle pi."""
+        return rotation_distance(x, y)
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared distance. Two derivatives, up to the angle pi."""
+        return rotation_squared_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest rotation: the polar factor, its weakest direction turned over if the determinant asks."""

@@ -14,9 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
-
-MATRIX = (-2, -1)
+from subspace_meta.manifolds.base import (
+    MATRIX,
+    Manifold,
+    clipped,
+    embedded_inner,
+    norm_along,
+    values_at_hand,
+    without_rounding,
+)
 
 
 def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -25,7 +31,12 @@ def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def normalized(y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return Y divided by its norm along ``dim``."""
+    """Return Y divided by its norm along ``dim``, also where the sum of squares would overflow."""
+    if values_at_hand(y):
+        squared = dot(y, y, dim)
+        if bool((squared < math.inf).all()):
+            return y * squared.rsqrt()
+    y = clipped(y, dim, 3 / 8)
     return y * dot(y, y, dim).rsqrt()
 
 
@@ -57,7 +68,7 @@ class SphereRetraction(abc.ABC):
 
 @dataclass(frozen=True)
 class Normalization(SphereRetraction):
-    """(X + V) / |X + V|. Order 2. Corrects itself, and needs no bound: |X + V| >= 1, up to where |V|^2 overflows."""
+    """(X + V) / |X + V|. Order 2. Corrects itself, and needs no bound: |X + V| >= 1, and it turns by atan|V|."""
 
     order = 2
 
@@ -71,16 +82,25 @@ class SphereExponential(SphereRetraction):
     """cos|V| X + sin|V| V/|V|, normalised at the end.
 
     Steps longer than ``max_norm`` are shortened to it. The default pi is the way to the antipode: a longer step would
-    go round, and from |V| = 1/eps on its end would be a matter of rounding.
+    come back.
+
+    Raises:
+        ValueError: ``max_norm`` is not in (0, pi].
     """
 
     max_norm: float = math.pi
     order = math.inf
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.max_norm <= math.pi:
+            raise ValueError(f"max_norm must be in (0, pi], got {self.max_norm}: a longer step comes back")
+
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the geodesic's point at time 1."""
         v = v.to(x.dtype)
         limit = self.max_norm**2
+        if not (values_at_hand(v) and bool((dot(v, v, dim) < math.inf).all())):
+            v = clipped(v, dim, 3 / 8)
         return great_circle(x, v * (limit / dot(v, v, dim).clamp(min=limit)).sqrt(), dim)
 
 
@@ -97,35 +117,67 @@ def sphere_projection(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - <Y, V> (X + Y) / (1 + <X, Y>).
+    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - S <S, V> / (|S|^2 / 2) with S = X + Y.
 
-    Isometric. The circle is not unique for Y = -X; there the result is finite and no more.
+    On tangents this is V - <Y, V> (X + Y) / (1 + <X, Y>); written as a reflection it is isometric to rounding up to the
+    antipode, where 1 + <X, Y> cancels. The circle is not unique for Y = -X; there ``v`` stays, which is a limit.
     """
-    v = v.to(x.dtype)
-    opening = (1.0 + dot(x, y, dim)).clamp(min=torch.finfo(x.dtype).eps)
-    return v - (x + y) * (dot(y, v, dim) / opening)
+    # A part of V that is not tangent would be reflected, too; it is only rounding, but |S| may be no more.
+    v = sphere_projection(x, v, dim)
+    total = x + y
+    # The smallest normal number stands for 0 / 0: no other S of two unit vectors has so small a square.
+    opening = dot(total, total, dim).clamp(min=torch.finfo(x.dtype).tiny)
+    return v - total * (2.0 * dot(total, v, dim) / opening)
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X, undefined at Y = -X."""
+    """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X. At Y = -X one of the shortest."""
     cosine = dot(x, y, dim)
-    normal = y - x * cosine
+    # The part of Y that is normal to X, from whichever of Y - X and Y + X is small and hence exact.
+    normal = sphere_projection(x, torch.where(cosine < 0, y + x, y - x), dim)
     q = dot(normal, normal, dim)
+    # q is the squared sine of an angle, so the switch to the series is no scale of the data.
     near = (q < 1e-4) & (cosine > 0)
     small = torch.where(near, q, 0.0)
     # asin(s)/s = 1 + q/6 + 3q^2/40 + 5q^3/112 + 35q^4/1152 + ..., q = s^2.
     series = 1.0 + small * (1 / 6 + small * (3 / 40 + small * (5 / 112 + small * (35 / 1152))))
-    sine = torch.where(near, 1.0, q).sqrt()
-    return normal * torch.where(near, series, torch.atan2(sine, cosine) / sine)
+    opposite = (q == 0) & (cosine < 0)
+    sine = torch.where(near | opposite, 1.0, q).sqrt()
+    tangent = normal * torch.where(near, series, torch.atan2(sine, cosine) / sine)
+    return torch.where(opposite, math.pi * some_unit_tangent(x, dim), tangent)
+
+
+def some_unit_tangent(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the unit tangent at ``x`` next to the basis vector along which ``x`` has its smallest entry."""
+    if dim == MATRIX:
+        return some_unit_tangent(x.flatten(-2)[..., None], (-2,)).reshape(x.shape)
+    smallest = x.detach().abs().argmin(dim=-2, keepdim=True)
+    axis = torch.arange(x.shape[-2], device=x.device)[:, None] == smallest
+    return normalized(sphere_projection(x, axis, dim), dim)
 
 
 def sphere_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the angle between ``x`` and ``y`` along ``dim``, accurate for small angles; its derivative at 0 is 0."""
-    cosine = dot(x, y, dim)
-    normal = y - x * cosine
-    q = dot(normal, normal, dim)
-    same = q == 0
-    return torch.atan2(torch.where(same, 0.0, torch.where(same, 1.0, q).sqrt()), cosine)
+    """Return the angle 2 atan(|Y - X| / |Y + X|) along ``dim``, accurate at 0 and at pi; its derivative at 0 is 0.
+
+    Kahan, "How futile are mindless assessments of roundoff in floating-point computation?", 2006, section 12.
+    """
+    return 2.0 * torch.atan2(norm_along(y - x, dim), norm_along(y + x, dim))
+
+
+def sphere_squared_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the squared angle along ``dim``, smooth up to the antipode.
+
+    With the chord c = |Y - X| near 0 by the series t^2 = 4 asin(c/2)^2 = sum_n 2 c^(2n) / (n^2 binom(2n, n)).
+    """
+    q = dot(y - x, y - x, dim)
+    # A chord of two unit vectors has no scale; eight terms are exact in float64.
+    near = q < 0.01
+    small = torch.where(near, q, 0.0)
+    series = torch.zeros_like(q)
+    for n in range(8, 0, -1):
+        series = small * (series + 2 / (n * n * math.comb(2 * n, n)))
+    angle = 2.0 * torch.atan2(torch.where(near, 1.0, q).sqrt(), norm_along(y + x, dim))
+    return torch.where(near, series, angle.square())
 
 
 def nearest_unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -193,12 +245,16 @@ class Sphere(Manifold):
         return great_circle(x, v.to(x.dtype), MATRIX)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the shortest tangent to ``y``; undefined at the antipode."""
+        """Return the shortest tangent to ``y``; at the antipode one of them."""
         return sphere_log(x, y, MATRIX)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the angle between ``x`` and ``y``."""
         return sphere_angle(x, y, MATRIX)[..., 0, 0]
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared angle between ``x`` and ``y``."""
+        return sphere_squared_angle(x, y, MATRIX)[..., 0, 0]
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return X / |X|; zero goes to the first basis matrix."""
