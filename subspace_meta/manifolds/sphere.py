@@ -117,17 +117,25 @@ def sphere_projection(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - S <S, V> / (|S|^2 / 2) with S = X + Y.
+    """Carry the tangent ``v`` along the shortest great circle to ``y``: V - <Y, V> (X + Y) / (1 + <X, Y>).
 
-    On tangents this is V - <Y, V> (X + Y) / (1 + <X, Y>); written as a reflection it is isometric to rounding up to the
-    antipode, where 1 + <X, Y> cancels. The circle is not unique for Y = -X; there ``v`` stays, which is a limit.
+    Isometric to rounding up to the antipode, where 1 + <X, Y> cancels: with D = X - Y and the part S of X + Y normal to
+    D it is the reflection V - 2 <S, V> S / |S|^2. The circle is not unique for Y = -X; there ``v`` stays, one limit.
     """
-    # A part of V that is not tangent would be reflected, too; it is only rounding, but |S| may be no more.
-    v = sphere_projection(x, v, dim)
+    v = v.to(x.dtype)
     total = x + y
-    # The smallest normal number stands for 0 / 0: no other S of two unit vectors has so small a square.
-    opening = dot(total, total, dim).clamp(min=torch.finfo(x.dtype).tiny)
-    return v - total * (2.0 * dot(total, v, dim) / opening)
+    if values_at_hand(x, y):
+        opening = 1.0 + dot(x, y, dim)
+        # Far from 0, where dividing by it loses nothing.
+        if bool((opening > 0.5).all()):
+            return v - total * (dot(y, v, dim) / opening)
+    across = x - y
+    # |X| and |Y| differ by rounding, which X + Y may be no larger than.
+    middle = total - across * (dot(across, total, dim) / dot(across, across, dim).clamp(min=torch.finfo(x.dtype).tiny))
+    v = sphere_projection(x, v, dim)
+    # The smallest normal numbers stand for 0 / 0 at Y = X and at Y = -X.
+    squared = dot(middle, middle, dim).clamp(min=torch.finfo(x.dtype).tiny)
+    return v - middle * (2.0 * dot(middle, v, dim) / squared)
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
