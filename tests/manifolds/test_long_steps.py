@@ -17,6 +17,7 @@ from subspace_meta.manifolds import (
     SPD,
     Cayley,
     CholeskyQR,
+    Euclidean,
     Geodesic,
     Grassmann,
     HouseholderQR,
@@ -24,6 +25,7 @@ from subspace_meta.manifolds import (
     Oblique,
     PolarNewtonSchulz,
     Product,
+    Rotations,
     Sphere,
     SphereExponential,
     Stiefel,
@@ -163,6 +165,21 @@ def test_no_rate_stands_still(case, dtype):
             params = moved
 
 
+@pytest.mark.parametrize("metric", ["embedded", "canonical"])
+def test_a_full_turn_is_no_fixed_point(metric):
+    """The rate at which the exact geodesic comes all the way round, to the start: after 2 pi, for a span after pi."""
+    start = torch.tensor([[math.cos(0.7), -math.sin(0.7)], [math.sin(0.7), math.cos(0.7)]], dtype=torch.float64)
+    for manifold, x, turn in (
+        (Rotations(Geodesic(metric)), start, 2 * math.pi),
+        (Grassmann(Geodesic(metric)), start[:, :1], math.pi),
+    ):
+        gradient = torch.tensor([[1.0, 0.3], [0.2, -2.0]], dtype=torch.float64)[:, : x.shape[1]]
+        length = torch.linalg.matrix_norm(manifold.riemannian_gradient(x, gradient), 2)
+        optimizer = sm.RSGD(sm.Geometry.from_rules({"x": x}, {"x": manifold}), lr=float(turn / length))
+        moved, _ = optimizer.update({"x": gradient}, optimizer.init({"x": x}), {"x": x})
+        assert float(manifold.distance(x, moved["x"])) > 1.5
+
+
 @every_case
 @pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-20, 1e20, 1e25, 1e30])
 def test_no_float32_entry_is_too_small_or_too_large(case, size):
@@ -261,8 +278,6 @@ def test_transport_to_several_points_at_once(case):
 
 
 def test_products_with_flat_factors_transport_to_several_points():
-    from subspace_meta.manifolds import Euclidean
-
     manifold = Product((Stiefel(), Euclidean()), (4, 2))
     x = manifold.random_point((6, 3), seeded())
     ys = manifold.random_point((5, 6, 3), seeded(1))
