@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-gpu check proofs clean
+.PHONY: demo test test-slow test-rounding test-processors test-gpu check proofs clean
 
 demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
 	$(RUN) -m subspace_meta.cli train --preset quick
@@ -22,6 +22,20 @@ test: $(INSTALLED)  ## the test suite, a few minutes on two cores
 
 test-slow: $(INSTALLED)  ## the heavier checks
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m slow
+
+# What another processor rounds differently.
+PROCESSORS := MKL_CBWR=COMPATIBILITY MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2
+
+test-rounding: $(INSTALLED)  ## the tests that compare different operations, with another instruction set of MKL
+	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBILITY ATEN_CPU_CAPABILITY=default $(RUN) -m pytest -q -n 2 --dist worksteal \
+		-m "not slow" tests/optimizers tests/properties tests/adapter tests/manifolds/test_battery.py
+
+test-processors: $(INSTALLED)  ## the whole suite, slow tests too, under other instruction sets and with two threads
+	@for setting in $(PROCESSORS); do \
+		echo "$$setting: $$(env OMP_NUM_THREADS=1 $$setting $(RUN) -m pytest -q -n 2 --dist worksteal -m "not gpu" \
+			-p no:cacheprovider | tail -n 1)"; \
+	done
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU: correctness, bandwidth, time beside Adam
 	$(RUN) -m pytest -q -s -m gpu tests/kernels

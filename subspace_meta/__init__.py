@@ -41,13 +41,19 @@ from subspace_meta.optimizers import (
     RSGD,
     SPEL,
     CRMSProp,
+    IntrinsicMuon,
     Landing,
+    ManifoldMuon,
     MatrixLSTM,
     Optimizer,
+    RAdaGD,
     RAdam,
+    RAdGD,
+    RDoG,
     SubspaceOptimizer,
 )
 from subspace_meta.optimizers.subspace import PRESETS
+from subspace_meta.rules import rules_for
 from subspace_meta.weights import pretrained
 
 __all__ = [
@@ -67,9 +73,11 @@ __all__ = [
     "Geometry",
     "Grassmann",
     "HouseholderQR",
+    "IntrinsicMuon",
     "Landing",
     "Manifold",
     "ManifoldCheckError",
+    "ManifoldMuon",
     "ManifoldReport",
     "MatrixLSTM",
     "MatrixView",
@@ -80,7 +88,10 @@ __all__ = [
     "OrthonormalRetraction",
     "PolarNewtonSchulz",
     "Product",
+    "RAdGD",
+    "RAdaGD",
     "RAdam",
+    "RDoG",
     "Rotations",
     "Rule",
     "SPDExponential",
@@ -94,5 +105,6 @@ __all__ = [
     "check_manifold",
     "load_weights",
     "pretrained",
+    "rules_for",
     "save_weights",
 ]

@@ -45,9 +45,9 @@ from subspace_meta.benchmarks.predecessor import bench_predecessor
 from subspace_meta.benchmarks.step import bench_step, kernel_traffic
 from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import QUICK, Comparison, TaskResult, compare, doubts
-from subspace_meta.evaluation.page import losses, markdown, page, summary
+from subspace_meta.evaluation.page import gaps, markdown, page, summary, untuned
 from subspace_meta.evaluation.plots import plot_curves, plot_training
-from subspace_meta.evaluation.protocol import BASELINES, TIE
+from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.cost import available_bytes
 from subspace_meta.meta.distributed import ProcessError, Processes
@@ -437,7 +437,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(described))
     else:
-        for title, make_table in (("summary", summary), ("losses", losses)):
+        for title, make_table in (("summary", summary), ("nothing tuned", untuned), ("beside the best tuned", gaps)):
             header, rows = make_table(found)
             _print_table(title, header, rows, header[:1], WIDE)
     if reasons:
@@ -520,13 +520,19 @@ def make_archive(
         typer.Option("--archive", "--folder", help="Where it lies.  [default: the one that ships]", show_default=False),
     ] = archive.FOLDER,
     jobs: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
+    again: Annotated[
+        bool, typer.Option("--again", help="Tune stale ones anew, without looking whether their numbers still hold.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing or stale.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Tune every baseline on every task, where that is missing or was done by other code; hours, goes on if stopped."""
-    chosen = [b for b in BASELINES if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
+    """Tune every baseline on every task, where that is missing or was done by other code; hours, goes on if stopped.
+
+    What other code has tuned is first run for 50 steps, and kept if these are what was measured.
+    """
+    chosen = [b for b in archive.KEPT if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
     if not chosen:
-        raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in BASELINES)}")
+        raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in archive.KEPT)}")
     try:
         todo = archive.missing(_chosen_tasks("full", tasks, own), chosen, folder)
     except ValueError as error:
@@ -539,8 +545,11 @@ def make_archive(
     folder.mkdir(parents=True, exist_ok=True)
     with live.progress(console, quiet) as progress:
         bar = progress.add_task("tuning", total=len(todo), note="")
-        for task, baseline, _ in archive.regenerate(todo, jobs, folder):
+        kept = 0
+        for task, baseline, _, confirmed in archive.regenerate(todo, jobs, folder, not again):
+            kept += confirmed
             progress.update(bar, advance=1, note=f"{task.row[:30]}: {baseline.name}")
+    typer.echo(f"tuned: {len(todo) - kept}, found as they were: {kept}")
 
 
 @app.command("memory")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from subspace_meta.manifolds import Euclidean, Manifold
 
@@ -24,17 +25,20 @@ Params = dict[str, Tensor]
 # and out of the stack cost as much as the saved calls.
 GROUPING_LIMIT = 32_768
 
+TRANSPOSED = "rows"  # what the columns of a transposed matrix are
+
 
 @dataclass(frozen=True)
 class MatrixView:
     """How a parameter is seen as a matrix ``(..., d, p)``: an einops pattern and its inverse.
 
     ``pattern`` is ``"parameter axes -> matrix axes"``; ``sizes`` gives the axes that einops cannot infer. An empty
-    pattern is the identity.
+    pattern is the identity. ``vectors`` says what the columns of the matrix are, for people.
     """
 
     pattern: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
+    vectors: str = "columns"
 
     @classmethod
     def heads(cls, n_heads: int) -> MatrixView:
@@ -57,14 +61,20 @@ class MatrixView:
         if not self.pattern:
             return self
         left, right = self.pattern.split("->")
-        return MatrixView(f"stacked0 {left}-> stacked0 {right}", self.sizes)
+        return MatrixView(f"stacked0 {left}-> stacked0 {right}", self.sizes, self.vectors)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a rule's glob pattern matches a name; a name matches itself, brackets and all."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     """Choose the matrix view of a parameter by its number of dimensions.
 
     0 and 1: one column. 2: the matrix itself. 3: a batch of matrices. 4 and 5: a convolution, ``out x (in * kernel)``.
-    On a constrained manifold a wide matrix is transposed, so that it is tall.
+    On a constrained manifold a wide matrix is transposed, so that it is tall. What the axes of a layer's weight mean
+    is known to :func:`subspace_meta.rules_for`.
     """
     if len(shape) == 0:
         return MatrixView("-> 1 1")
@@ -74,14 +84,16 @@ def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     if len(shape) <= 3:
         wide = constrained and shape[-2] < shape[-1]
         leading = "b " * (len(shape) - 2)
-        return MatrixView(f"{leading}p d -> {leading}d p") if wide else MatrixView()
+        return MatrixView(f"{leading}p d -> {leading}d p", vectors=TRANSPOSED) if wide else MatrixView()
     if len(shape) > 5:
         raise ValueError(f"no matrix view is known for {len(shape)} dimensions; give Rule(..., view=MatrixView(...))")
     kernel = [f"k{axis}" for axis in range(len(shape) - 2)]
     sizes = (("i", shape[1]), *zip(kernel, shape[2:], strict=True))
     fan_in = f"(i {' '.join(kernel)})"
-    tall = f"{fan_in} o" if constrained and shape[0] < math.prod(shape[1:]) else f"o {fan_in}"
-    return MatrixView(f"o i {' '.join(kernel)} -> {tall}", sizes)
+    left = f"o i {' '.join(kernel)}"
+    if constrained and shape[0] < math.prod(shape[1:]):
+        return MatrixView(f"{left} -> {fan_in} o", sizes, "filters")
+    return MatrixView(f"{left} -> o {fan_in}", sizes, "inputs and taps")
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,14 @@ class ParameterGeometry:
     manifold: Manifold
     view: MatrixView
     matrix_shape: tuple[int, ...]
+
+    @property
+    def words(self) -> str:
+        """What the matrix is made of: "8 orthonormal filters of 75"; empty where columns are nothing special."""
+        *batch, d, p = self.matrix_shape
+        times = f"{math.prod(batch)} times " if math.prod(batch) > 1 else ""
+        kind = self.manifold.vectors
+        return f"{times}{p} {kind} {self.view.vectors} of {d}" if kind else ""
 
 
 @dataclass(frozen=True)
@@ -130,8 +150,8 @@ class Geometry:
 
         Args:
             params: named parameters; only names and shapes are used.
-            rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts; without one the
-                parameter is Euclidean.
+            rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts, a name matches itself;
+                without a match the parameter is Euclidean.
 
         Raises:
             ValueError: there are no parameters, a pattern matches none of them, or a shape cannot carry its manifold.
@@ -142,12 +162,17 @@ class Geometry:
         for pattern, rule in rules.items():
             if not isinstance(rule, Manifold | Rule):
                 raise ValueError(f"rule {pattern!r} is {rule!r}, which is no manifold; write for instance Stiefel()")
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in params):
-                raise ValueError(f"rule {pattern!r} matches no parameter; the names are {', '.join(params) or 'none'}")
+            if not any(matches(pattern, name) for name in params):
+                hint = "; [...] in a pattern is a set of characters, glob.escape(name) is a name" * ("[" in pattern)
+                raise ValueError(
+                    f"rule {pattern!r} matches no parameter; the names are {', '.join(params) or 'none'}{hint}"
+                )
         parameters = []
         for name, tensor in params.items():
-            chosen = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)), Euclidean())
+            chosen = next((rule for pattern, rule in rules.items() if matches(pattern, name)), Euclidean())
             rule = chosen if isinstance(chosen, Rule) else Rule(chosen)
+            if is_lazy(tensor):
+                raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: call the model once first")
             shape = tuple(tensor.shape)
             if 0 in shape:
                 raise ValueError(f"parameter {name!r} of shape {shape} has no entries; leave it out")
@@ -164,8 +189,8 @@ class Geometry:
         """Return the geometry of ``count`` sets of these parameters, stacked along a new leading dimension.
 
         The groups stay as they are, each with one more batch dimension: optimizers then take the steps of all sets at
-        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, which all
-        of this library do.
+        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, as all do
+        but those that choose one step for a whole run (``RDoG``, ``RAdaGD``, ``RAdGD``): they need ``vmap``.
         """
         stacked = {
             p.name: ParameterGeometry(p.name, (count, *p.shape), p.manifold, p.view.stacked(), (count, *p.matrix_shape))
@@ -216,14 +241,21 @@ class Geometry:
         """Raise ``ValueError`` naming the first parameter that is off its manifold, or not finite."""
         for name, violation in self.violation(params).items():
             if not violation <= tolerance:
-                manifold = next(p.manifold for p in self.parameters if p.name == name)
+                parameter = next(p for p in self.parameters if p.name == name)
+                seen = ""
+                if parameter.view.vectors == TRANSPOSED:
+                    d, p = parameter.matrix_shape[-2:]
+                    seen = (
+                        f". It is seen transposed, as {d} x {p}, because it is wide: its rows are the vectors. If the "
+                        "columns are meant, the rule is Rule(manifold, MatrixView())"
+                    )
                 raise ValueError(
-                    f"parameter {name!r} is not on {manifold.name}: constraint violation {violation:.2e} is above "
-                    f"{tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...)"
+                    f"parameter {name!r} is not on {parameter.manifold.name}: constraint violation {violation:.2e} is "
+                    f"above {tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...){seen}"
                 )
 
     def check_gradients(self, grads: Mapping[str, Tensor]) -> None:
-        """Raise ``ValueError`` naming the first gradient that is missing, of another shape, or not finite.
+        """Raise ``ValueError`` naming the first gradient that is missing, of another shape, not finite, or too large.
 
         ``update`` raises nothing about values, and a non-finite gradient spoils parameters and state for good; a loop
         that may meet one calls this first, or skips the step. It reads the values, so on a device it waits.
@@ -234,6 +266,11 @@ class Geometry:
                 count = int((~torch.isfinite(grad)).sum())
                 raise ValueError(
                     f"gradient of {name!r} has {count} non-finite entries of {grad.numel()}; skip this step"
+                )
+            if not torch.isfinite(torch.linalg.vector_norm(grad)):
+                raise ValueError(
+                    f"gradient of {name!r} has entries up to {float(grad.abs().max()):.0e}, whose squares overflow "
+                    f"{grad.dtype}; skip this step, or scale the loss down"
                 )
 
     def gather(self, params: Mapping[str, Tensor]) -> list[Tensor]:
@@ -285,8 +322,8 @@ class Geometry:
         }
 
     def summary(self) -> str:
-        """Return a table: parameter, shape, manifold, matrix, dimension."""
-        header = ("parameter", "shape", "manifold", "matrix", "dimension")
+        """Return a table: parameter, shape, manifold, matrix, dimension, and what the matrix is made of, in words."""
+        header = ("parameter", "shape", "manifold", "matrix", "dimension", "that is")
         rows = [
             (
                 p.name,
@@ -294,11 +331,12 @@ class Geometry:
                 p.manifold.name,
                 " x ".join(map(str, p.matrix_shape)),
                 f"{p.manifold.dimension(p.matrix_shape):,}",
+                p.words,
             )
             for p in self.parameters
         ]
         total = sum(p.manifold.dimension(p.matrix_shape) for p in self.parameters)
-        rows.append((f"{len(self.parameters)} parameters in {len(self.groups)} groups", "", "", "", f"{total:,}"))
+        rows.append((f"{len(self.parameters)} parameters in {len(self.groups)} groups", "", "", "", f"{total:,}", ""))
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)

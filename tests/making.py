@@ -31,9 +31,20 @@ OPTIMIZERS = (
     "CRMSProp",
     "MatrixLSTM",
 )
-# Defined on matrices with orthonormal columns only; the first three leave them by a bounded distance.
-INFEASIBLE_OPTIMIZERS = ("Landing", "POGO", "POGO momentum")
-ORTHONORMAL_OPTIMIZERS = (*INFEASIBLE_OPTIMIZERS, "RSDM permutation", "RSDM orthogonal", "SPEL")
+# One step size for all parameters of a run.
+PARAMETER_FREE_OPTIMIZERS = ("RDoG", "RDoWG", "NRDoG", "RAdaGD", "RAdGD")
+# Defined on matrices with orthonormal columns only; the first five leave them by a bounded distance.
+INFEASIBLE_OPTIMIZERS = ("Landing", "POGO", "POGO momentum", "POGO VectorAdam", "POGO Muon")
+ORTHONORMAL_OPTIMIZERS = (
+    *INFEASIBLE_OPTIMIZERS,
+    "RSDM permutation",
+    "RSDM orthogonal",
+    "SPEL",
+    "manifold Muon",
+    "manifold Muon momentum",
+    "intrinsic Muon",
+    "intrinsic Muon momentum",
+)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -85,7 +96,7 @@ def lively_matrix_weights(geometry: sm.Geometry, seed: int = 0, dtype: torch.dty
 def make_optimizer(
     name: str, geometry: sm.Geometry, dtype: torch.dtype = torch.float64, lr: float = 1e-2, seed: int = 0
 ) -> sm.Optimizer:
-    """Return one of ``OPTIMIZERS`` or of ``ORTHONORMAL_OPTIMIZERS``."""
+    """Return one of ``OPTIMIZERS``, ``PARAMETER_FREE_OPTIMIZERS`` or ``ORTHONORMAL_OPTIMIZERS``."""
     if name in ("base", "paper"):
         return sm.SubspaceOptimizer(geometry, lively_weights(name, seed, dtype), name)
     return {
@@ -99,6 +110,18 @@ def make_optimizer(
         "Landing": lambda: sm.Landing(geometry, lr),
         "POGO": lambda: sm.POGO(geometry, lr),
         "POGO momentum": lambda: sm.POGO(geometry, lr, momentum=0.9),
+        "POGO VectorAdam": lambda: sm.POGO(geometry, lr, base="vector_adam"),
+        "POGO Muon": lambda: sm.POGO(geometry, lr, momentum=0.5, base="muon"),
+        "manifold Muon": lambda: sm.ManifoldMuon(geometry, lr, iterations=3),
+        "manifold Muon momentum": lambda: sm.ManifoldMuon(geometry, lr, momentum=0.9, iterations=3),
+        "intrinsic Muon": lambda: sm.IntrinsicMuon(geometry, lr),
+        "intrinsic Muon momentum": lambda: sm.IntrinsicMuon(geometry, lr, momentum=0.9),
+        # Far from where they start, so that a few steps are seen.
+        "RDoG": lambda: sm.RDoG(geometry, lr, "RDoG", initial=1.0),
+        "RDoWG": lambda: sm.RDoG(geometry, lr, "RDoWG", initial=1.0),
+        "NRDoG": lambda: sm.RDoG(geometry, lr, "NRDoG", initial=1.0),
+        "RAdaGD": lambda: sm.RAdaGD(geometry, lr),
+        "RAdGD": lambda: sm.RAdGD(geometry, lr),
         "RSDM permutation": lambda: sm.RSDM(geometry, lr, size=3),
         "RSDM orthogonal": lambda: sm.RSDM(geometry, lr, size=3, sampling="orthogonal"),
         "SPEL": lambda: sm.SPEL(geometry, lr),

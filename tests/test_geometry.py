@@ -32,6 +32,27 @@ def test_globs_match_case():
         sm.Geometry.from_rules(params_of(W=(4, 2), bias=(4,)), {"w*": sm.Stiefel()})
 
 
+def test_a_name_matches_itself_brackets_and_all():
+    params = {"h[0].w": normal(4, 2), "h0.w": normal(4, 2)}
+    geometry = sm.Geometry.from_rules(params, {"h[0].w": sm.Stiefel()})
+    assert [p.manifold.name for p in geometry.parameters] == ["Stiefel", "Stiefel"]  # and it is a pattern, too
+    with pytest.raises(ValueError, match=r"'h\[1\].w' matches no parameter; .*glob.escape\(name\)"):
+        sm.Geometry.from_rules(params, {"h[1].w": sm.Stiefel()})
+
+
+def test_lazy_parameters_have_no_shape():
+    with pytest.raises(ValueError, match="'weight' of a lazy module has no shape yet"):
+        sm.Geometry.from_rules(dict(torch.nn.LazyLinear(3).named_parameters()), {"weight": sm.Stiefel()})
+
+
+def test_gradients_whose_squares_overflow_are_named():
+    params = {"x": normal(4, 2, dtype=torch.float32)}
+    geometry = sm.Geometry.from_rules(params)
+    geometry.check_gradients({"x": 1e15 * params["x"]})
+    with pytest.raises(ValueError, match=r"gradient of 'x' has entries up to 1e\+20, whose squares overflow"):
+        geometry.check_gradients({"x": torch.full((4, 2), 1e20)})
+
+
 def test_no_parameters_is_an_error():
     with pytest.raises(ValueError, match="there are no parameters"):
         sm.Geometry.from_rules({}, {"x": sm.Stiefel()})

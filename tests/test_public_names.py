@@ -73,7 +73,7 @@ def test_imports_go_one_way():
         {"_version", "_tracing"},
         {"manifolds"},
         {"geometry", "adapter"},
-        {"optimizers", "checkpoint", "weights", "reference"},
+        {"optimizers", "checkpoint", "weights", "reference", "rules"},
         {"optim"},
         {"tasks", "meta"},
         {"evaluation", "presets", "benchmarks", "live", "cli", "__main__"},

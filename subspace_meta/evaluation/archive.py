@@ -2,14 +2,17 @@
 
 Tuning takes hours, so it is done once and kept in ``evaluation/archive``: one compressed JSON file a task, one cell a
 baseline. A cell says which code made it, by a hash of the modules that decide its numbers, without their comments and
-docstrings; a cell of other code is *stale*, and made anew when the archive is regenerated. Files are written whole
-after every cell, so an interrupted run goes on where it was.
+docstrings; a cell of other code is *stale*, and made anew when the archive is regenerated. Much of that code may
+change without changing a number: :func:`confirm` runs the first steps of a stale cell again, all rates and seeds, and
+keeps the cell where they are what was measured. Files are written whole after every cell, so an interrupted run goes
+on where it was.
 """
 
 from __future__ import annotations
 
 import ast
 import concurrent.futures
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -34,7 +37,17 @@ from torch import Tensor
 from subspace_meta import geometry, manifolds
 from subspace_meta.checkpoint import write_atomically
 from subspace_meta.evaluation import protocol
-from subspace_meta.evaluation.protocol import BASELINES, Baseline, Curves, EvaluationTask, checkpoints_within, tune
+from subspace_meta.evaluation.protocol import (
+    BASELINES,
+    TIE,
+    UNTUNED,
+    Baseline,
+    Curves,
+    EvaluationTask,
+    checkpoints_within,
+    evaluate_rates,
+    tune,
+)
 from subspace_meta.meta.cost import entries
 from subspace_meta.optimizers import base as optimizers_base
 from subspace_meta.tasks import base as tasks_base
@@ -43,6 +56,7 @@ from subspace_meta.tasks import references
 from subspace_meta.tasks.suite import SuiteTask
 
 FOLDER = Path(__file__).parent / "archive"
+KEPT = BASELINES + UNTUNED  # what has a cell on every task on which it is defined
 SEEDS = 5
 DECIMALS = 4
 TENSORS = ("log_excess", "metric", "violation", "envelope", "curves", "initial")  # fields of a cell that are tensors
@@ -89,6 +103,13 @@ class Cell:
     def score(self, step: int) -> float:
         """Return the mean log excess over seeds at a checkpoint, at the best rate there."""
         return float(self.log_excess[self.best(step), :, self.checkpoints.index(step)].mean())
+
+    def score_at(self, rate: float, step: int) -> float:
+        """Return the mean log excess over seeds at a checkpoint, at one of the rates."""
+        index = min(range(len(self.rates)), key=lambda i: abs(math.log(self.rates[i] / rate)))
+        if not math.isclose(self.rates[index], rate, rel_tol=1e-3):
+            raise ValueError(f"rate {rate:g} was not run; there are {', '.join(f'{r:.3g}' for r in self.rates)}")
+        return float(self.log_excess[index, :, self.checkpoints.index(step)].mean())
 
     def objective(self, step: int) -> Tensor:
         """Return the objective at a checkpoint at the best rate there, ``(seeds,)``."""
@@ -233,7 +254,7 @@ def load(row: str, folder: Path = FOLDER) -> dict[str, Cell]:
 
 def save(row: str, cells: dict[str, Cell], folder: Path = FOLDER) -> None:
     """Write the cells of a task, whole or not at all."""
-    order = [baseline.name for baseline in BASELINES]
+    order = [baseline.name for baseline in KEPT]
     described = {
         name: {
             "code": cell.code,
@@ -253,44 +274,87 @@ def save(row: str, cells: dict[str, Cell], folder: Path = FOLDER) -> None:
 
 
 def missing(
-    tasks: Sequence[SuiteTask], baselines: Sequence[Baseline] = BASELINES, folder: Path = FOLDER
+    tasks: Sequence[SuiteTask], baselines: Sequence[Baseline] = KEPT, folder: Path = FOLDER
 ) -> list[tuple[SuiteTask, Baseline]]:
     """Return what is missing or stale, of available tasks and methods that are defined on them; small tasks first."""
     available = sorted((task for task in tasks if task.available), key=lambda t: t.horizon * entries(t.family.problem))
     return [(task, b) for task in available for b in lacking(task, load(task.row, folder), baselines)]
 
 
-def lacking(task: SuiteTask, cells: Mapping[str, Cell], baselines: Sequence[Baseline] = BASELINES) -> list[Baseline]:
+def lacking(task: SuiteTask, cells: Mapping[str, Cell], baselines: Sequence[Baseline] = KEPT) -> list[Baseline]:
     """Return the baselines that are defined on a task and have no cell, or one that other code made."""
     defined = [baseline for baseline in baselines if baseline.defined_on(task.family.problem.geometry)]
     return [b for b in defined if b.name not in cells or cells[b.name].code != code_hash(task, b)]
 
 
 def make_cell(task: SuiteTask, baseline: Baseline) -> Cell:
-    """Tune one baseline on one task."""
+    """Tune one baseline on one task; one that needs no tuning is run at its default."""
     torch.set_num_threads(1)
-    return cell_of(
-        tune(EvaluationTask(task.row, task.family), baseline, SEEDS, task.horizon), code_hash(task, baseline)
+    drawn = EvaluationTask(task.row, task.family)
+    if baseline in UNTUNED:
+        assert baseline.default is not None
+        curves = evaluate_rates(drawn, baseline.make, (baseline.default,), SEEDS, task.horizon, baseline.feasible)
+    else:
+        curves = tune(drawn, baseline, SEEDS, task.horizon)
+    return cell_of(curves, code_hash(task, baseline))
+
+
+CONFIRMED = 50  # steps that a stale cell is run again
+IN_REACH = 1.0  # of the best log excess: rates beyond may be chaotic, and only must not have become the best
+
+
+def confirm(task: SuiteTask, baseline: Baseline, cell: Cell) -> Cell | None:
+    """Return a stale cell as one of today's code if that gives its numbers, otherwise ``None``.
+
+    All its rates and seeds are run for the first ``CONFIRMED`` steps. At each checkpoint the mean over seeds of every
+    rate within ``IN_REACH`` of the best has to be what it was to half of a tie, and no other rate may be the best.
+    """
+    torch.set_num_threads(1)
+    if cell.steps[-1] != task.horizon or cell.log_excess.shape[1] != SEEDS:
+        return None
+    horizon = min(CONFIRMED, task.horizon)
+    curves = evaluate_rates(
+        EvaluationTask(task.row, task.family), baseline.make, cell.rates, SEEDS, horizon, baseline.feasible
     )
+    if not math.isclose(curves.reference, cell.reference, rel_tol=1e-3, abs_tol=1e-6):
+        return None
+    for step in curves.checkpoints:
+        if step in cell.checkpoints:
+            new = curves.at(step).mean(dim=-1)
+            old = cell.log_excess[..., cell.checkpoints.index(step)].mean(dim=-1)
+            reach = (old <= old.amin() + IN_REACH) | (new <= old.amin() + TIE / 2)
+            if not bool(((new - old).abs()[reach] <= TIE / 2).all()):
+                return None
+    return dataclasses.replace(cell, code=code_hash(task, baseline))
 
 
-def _make_named(task: SuiteTask, name: str) -> Cell:
-    """Tune by the baseline's name: what a worker process is told."""
-    return make_cell(task, next(baseline for baseline in BASELINES if baseline.name == name))
+def _make_named(task: SuiteTask, name: str, stored: Cell | None) -> tuple[Cell, bool]:
+    """Confirm or tune by the baseline's name, what a worker process is told; and say whether it was confirmed."""
+    baseline = next(baseline for baseline in KEPT if baseline.name == name)
+    confirmed = confirm(task, baseline, stored) if stored is not None else None
+    return (make_cell(task, baseline), False) if confirmed is None else (confirmed, True)
 
 
 def regenerate(
-    cells: Sequence[tuple[SuiteTask, Baseline]], jobs: int = 1, folder: Path = FOLDER
-) -> Iterator[tuple[SuiteTask, Baseline, Cell]]:
-    """Make cells in ``jobs`` processes; write each into its file, then yield it."""
+    cells: Sequence[tuple[SuiteTask, Baseline]], jobs: int = 1, folder: Path = FOLDER, confirming: bool = True
+) -> Iterator[tuple[SuiteTask, Baseline, Cell, bool]]:
+    """Make cells in ``jobs`` processes; write each into its file, then yield it, and whether it was only confirmed.
+
+    With ``confirming`` a stale cell is tuned only if :func:`confirm` says that its numbers are no longer right.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_make_named, task, baseline.name): (task, baseline) for task, baseline in cells}
+        waiting = {
+            pool.submit(
+                _make_named, task, baseline.name, load(task.row, folder).get(baseline.name) if confirming else None
+            ): (task, baseline)
+            for task, baseline in cells
+        }
         try:
             for done in concurrent.futures.as_completed(waiting):
                 task, baseline = waiting[done]
-                cell = done.result()
+                cell, confirmed = done.result()
                 save(task.row, {**load(task.row, folder), baseline.name: cell}, folder)
-                yield task, baseline, cell
+                yield task, baseline, cell, confirmed
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import has_values
+from subspace_meta._tracing import has_values, known_true
 
 
 class Manifold(abc.ABC):
@@ -33,6 +33,11 @@ class Manifold(abc.ABC):
         return type(self).__name__
 
     @property
+    def vectors(self) -> str:
+        """What the columns of a point are, in a word: "orthonormal", "unit"; empty where they are nothing special."""
+        return ""
+
+    @property
     def retraction_order(self) -> float:
         """The proven order of :meth:`retract`: the largest k with dist(R_x(tv), Exp_x(tv)) = O(t^(k+1)).
 
@@ -44,6 +49,12 @@ class Manifold(abc.ABC):
     def isometric_transport(self) -> bool:
         """Whether :meth:`transport` keeps inner products."""
         return False
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether there is a :meth:`distance`."""
+        mine = type(self)
+        return mine.distance is not Manifold.distance or mine.squared_distance is not Manifold.squared_distance
 
     @abc.abstractmethod
     def check_shape(self, shape: tuple[int, ...]) -> None:
@@ -108,32 +119,33 @@ class Manifold(abc.ABC):
         raise NotImplementedError(f"{self.name} has no closed logarithm here")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the geodesic distance, of shape ``(...)``. Its derivative at y = x is 0.
+        """Return the geodesic distance, of shape ``(...)``. Its derivative at equal points, where it has none, is 0.
 
         Raises:
             NotImplementedError: no closed form is known or implemented.
         """
-        raise NotImplementedError(f"{self.name} has no closed distance here")
+        return root(self.squared_distance(x, y))
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared geodesic distance, of shape ``(...)``, with first and second derivatives at y = x too.
+        """Return the squared geodesic distance, ``(...)``: smooth at equal points, its Hessian is twice the metric.
 
-        There the Hessian of w -> squared_distance(x, exp_x(w)) is twice the metric; the square of :meth:`distance`,
-        whose derivative at y = x is a convention, has none.
+        A manifold that has :meth:`distance` only gives its square, which is not.
 
         Raises:
             NotImplementedError: no closed form is known or implemented.
         """
-        raise NotImplementedError(f"{self.name} has no closed distance here")
+        if type(self).distance is Manifold.distance:
+            raise NotImplementedError(f"{self.name} has no closed distance here")
+        return self.distance(x, y).square()
 
     def norm(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return the length <v, v>_x^(1/2), of shape ``(...)``; its derivative at v = 0 is 0.
+        """Return the length of ``v`` in the metric, of shape ``(...)``; its derivative at 0 is 0.
 
-        Entries are divided by the largest one before they are squared: no size overflows or vanishes.
+        No square overflows or vanishes while the entries do not.
         """
-        scale = positive(largest_entry(v, MATRIX))
-        unit = v.to(x.dtype) / scale
-        return root(self.inner(x, unit, unit)) * scale[..., 0, 0]
+        v = v.to(x.dtype)
+        scale = power_of_two(v)
+        return root(self.inner(x, v / scale, v / scale)) * scale[..., 0, 0]
 
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a tangent vector at ``x``: the projection of a standard normal matrix."""
@@ -151,47 +163,12 @@ class Manifold(abc.ABC):
         return v.to(x.dtype)
 
 
-MATRIX = (-2, -1)
-
-
 def values_at_hand(*tensors: Tensor) -> bool:
     """Return whether reading the tensors costs nothing: plain ones on a CPU, neither traced nor transformed.
 
     Then a cheaper way to the *same* result may be chosen by looking; see :func:`subspace_meta._tracing.known_true`.
     """
     return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
-
-
-def largest_entry(v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the largest |entry| along ``dim``, kept as dimensions of size one; a constant for derivatives."""
-    return v.detach().abs().amax(dim=dim, keepdim=True)
-
-
-def positive(size: Tensor) -> Tensor:
-    """Return ``size``, or 1 where it is 0: what to divide by."""
-    return torch.where(size == 0, 1.0, size)
-
-
-def clipped(v: Tensor, dim: tuple[int, ...], power: float) -> Tensor:
-    """Return ``v``, shortened along ``dim`` until no entry exceeds the type's largest number to that ``power``.
-
-    The direction stays. With 3/8 the sum of 2^31 squares is finite, with 1/8 (6e4 in float32) that of fourth powers.
-    """
-    limit = torch.finfo(v.dtype).max ** power
-    largest = largest_entry(v, dim)
-    return v * torch.where(largest > limit, limit / largest, 1.0)
-
-
-def root(squared: Tensor) -> Tensor:
-    """Return the square root, with derivatives 0 instead of infinite ones at 0."""
-    zero = squared == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
-
-
-def norm_along(v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the root of the sum of squares along ``dim``, kept as dimensions of size one, for entries of any size."""
-    scale = positive(largest_entry(v, dim))
-    return root((v / scale).square().sum(dim=dim, keepdim=True)) * scale
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -234,25 +211,32 @@ def without_rounding(gradient: Tensor, euclidean_gradient: Tensor) -> Tensor:
 
     Where the Euclidean gradient is normal to the manifold the exact result is 0; what is computed is about eps times
     its size, points anywhere, is not even tangent, and would become a step of any length in an optimizer that divides
-    by the gradient's size. Sizes are Frobenius norms, of gradients of any size; where values are at hand, and the
-    squares neither overflow nor vanish, two passes over the inputs, and nothing is copied.
+    by the gradient's size. Sizes are Frobenius norms; two passes over the inputs, nothing is copied.
     """
 
-    def squared_norm(a: Tensor) -> Tensor:
-        return euclidean_inner(a, a)[..., None, None]
+    whole, rest = euclidean_gradient.to(gradient.dtype), gradient
+    threshold = (ROUNDING_UNITS * torch.finfo(gradient.dtype).eps) ** 2
+    squared = euclidean_inner(rest, rest)
+    # The usual way out. What follows gives the same, and is exact where squares overflow or vanish, too.
+    if known_true((squared > threshold * euclidean_inner(whole, whole)) & torch.isfinite(squared)):
+        return gradient
+    scale = 1.0 / power_of_two(whole)
+    whole, rest = whole * scale, rest * scale
+    size = euclidean_inner(whole, whole)
+    # A gradient that is not finite goes on as it is.
+    lost = (euclidean_inner(rest, rest) <= threshold * size) & torch.isfinite(size)
+    return torch.where(lost[..., None, None], torch.zeros_like(gradient), gradient)
 
-    whole = euclidean_gradient.to(gradient.dtype)
-    info = torch.finfo(gradient.dtype)
-    threshold = (ROUNDING_UNITS * info.eps) ** 2
-    if values_at_hand(gradient, whole):
-        # The smallest normal number: a square below it has lost digits, or all of them.
-        kept = squared_norm(gradient) > (threshold * squared_norm(whole)).clamp(min=info.tiny)
-        if bool(kept.all()):
-            return gradient
-    scale = positive(largest_entry(whole, MATRIX))
-    # A gradient that is not finite compares false and goes on as it is.
-    lost = squared_norm(gradient / scale) <= threshold * squared_norm(whole / scale)
-    return torch.where(lost, torch.zeros_like(gradient), gradient)
+
+def power_of_two(a: Tensor) -> Tensor:
+    """Return the power of two up to the largest absolute entry, a constant ``(..., 1, 1)``: dividing by it is exact.
+
+    1 for a matrix that is 0; 1/4 of the largest power, at most, so that its inverse is a normal number.
+    """
+    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    exponent = torch.where(largest == 0, 1.0, largest).log2().floor()
+    top = math.floor(math.log2(torch.finfo(a.dtype).max))
+    return torch.exp2(exponent.clamp(-top + 1, top - 2))
 
 
 def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Tensor:
@@ -260,6 +244,12 @@ def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Te
     if v.ndim == 2 and x.ndim == 2:
         return torch.addmm(v, x, a, alpha=-factor)
     return v - x @ (factor * a)
+
+
+def root(squares: Tensor) -> Tensor:
+    """Return the square root of what is not negative, with derivative 0 at 0."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0 * squares)
 
 
 def trace(a: Tensor) -> Tensor:
@@ -310,6 +300,12 @@ def divide_by_lower(y: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0]
 
 
+def _differentiated(a: Tensor) -> bool:
+    """Return whether a plain tensor carries derivatives, in reverse or in forward mode."""
+    dual = torch.autograd.forward_ad.unpack_dual(a)  # type: ignore[no-untyped-call]
+    return a.requires_grad or dual.tangent is not None
+
+
 def squared_angles(squared_sines: Tensor, angles: Tensor) -> Tensor:
     """Return sum t_i^2 with right first and second derivatives, shape ``(...)``, though it takes a decomposition.
 
@@ -323,6 +319,8 @@ def squared_angles(squared_sines: Tensor, angles: Tensor) -> Tensor:
     no eigenvalue gap is divided by. Derivatives of third order are not right, and at t = pi/2 none exists.
     """
     t = angles.detach()
+    if values_at_hand(squared_sines) and not _differentiated(squared_sines):
+        return t.square().sum(dim=-1)
     eps = torch.finfo(t.dtype).eps
     constant = squared_sines.detach()
     basis = torch.linalg.eigh(constant).eigenvectors
@@ -352,8 +350,9 @@ def squared_angles(squared_sines: Tensor, angles: Tensor) -> Tensor:
 def root_at(value: Tensor, squared: Tensor) -> Tensor:
     """Return ``value`` with the first and second derivatives of the root of ``squared`` = value^2; 0 at 0."""
     value = value.detach()
-    change = (squared - squared.detach()) / positive(value)
-    return value + torch.where(value == 0, 0.0, 0.5 * change - 0.125 * change.square() / positive(value))
+    safe = torch.where(value == 0, 1.0, value)
+    change = (squared - squared.detach()) / safe
+    return value + torch.where(value == 0, 0.0, 0.5 * change - 0.125 * change.square() / safe)
 
 
 def gram_error(x: Tensor) -> Tensor:
@@ -374,6 +373,5 @@ def spectral_bound(a: Tensor) -> Tensor:
     mean = (trace(a) / p)[..., None, None]
     # Centred before squaring: nothing cancels when all eigenvalues are equal.
     spread = (a - mean * identity_like(a)).square().sum(dim=(-2, -1), keepdim=True) * ((p - 1) / p)
-    # The floor keeps the derivatives of the root finite there. It is no scale of the data: squared steps are measured,
-    # which are compared with bounds around 1, and so are deviations of a Gram matrix from I.
+    # The floor keeps the derivatives of the root finite there.
     return mean.abs() + (spread + torch.finfo(a.dtype).eps ** 2).sqrt()

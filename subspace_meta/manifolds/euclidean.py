@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import MATRIX, Manifold, embedded_inner, norm_along
+from subspace_meta.manifolds.base import Manifold, embedded_inner
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Euclidean(Manifold):
         return x + v
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Return ``v``: all tangent spaces are one."""
-        moved: Tensor = torch.broadcast_tensors(v.to(x.dtype), x, y)[0]  # type: ignore[no-untyped-call]
-        return moved
+        """Return ``v``, as often as there are points: all tangent spaces are one."""
+        carried: Tensor = torch.broadcast_tensors(v.to(x.dtype), y)[0]  # type: ignore[no-untyped-call]
+        return carried
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
         """Return X + V."""
@@ -63,13 +63,14 @@ class Euclidean(Manifold):
         """Return Y - X."""
         return y - x
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of Y - X."""
-        return norm_along(y - x, MATRIX)[..., 0, 0]
-
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the sum of the squared entries of Y - X."""
-        return (y - x).square().sum(dim=MATRIX)
+        """Return the squared Frobenius norm of Y - X."""
+        apart = y - x
+        return embedded_inner(x, apart, apart)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the Frobenius norm of Y - X; no square overflows."""
+        return self.norm(x, y - x)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return ``x``."""

@@ -19,7 +19,6 @@ from subspace_meta.manifolds.base import (
     embedded_inner,
     gram,
     gram_error,
-    norm_along,
     root_at,
     squared_angles,
     subtract_product,
@@ -33,14 +32,19 @@ from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, ran
 class Grassmann(Manifold):
     """Subspaces spanned by the columns of an orthonormal matrix. Projection transport.
 
-    No subspace is farther than a right angle in each direction: the bound of a retraction that would turn by more is
-    tightened (:meth:`~subspace_meta.manifolds.OrthonormalRetraction.on_subspaces`).
+    Steps of the retraction are no longer than to where a subspace would come nearer again.
     """
 
     retraction: OrthonormalRetraction = field(default=PolarNewtonSchulz())
+    _bounded: OrthonormalRetraction = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "retraction", self.retraction.on_subspaces())
+        object.__setattr__(self, "_bounded", self.retraction.on_grassmann())
+
+    @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
 
     @property
     def retraction_order(self) -> float:
@@ -71,7 +75,7 @@ class Grassmann(Manifold):
 
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Apply the chosen retraction."""
-        return self.retraction(x, v)
+        return self._bounded(x, v)
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Take the horizontal part at ``y``."""
@@ -82,7 +86,7 @@ class Grassmann(Manifold):
         return canonical_geodesic(x, v.to(x.dtype))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the horizontal lift at ``x`` of the shortest geodesic to the span of ``y``.
+        """Return the lift at ``x`` of the shortest geodesic to the span of ``y``; at a right angle of one of them.
 
         With X^T Y = P cos(T) Q^T it is (I - XX^T) Y Q (T / sin T) P^T (Edelman, Arias, Smith 1998, theorem 2.3,
         rewritten). Not for differentiated paths: it uses an SVD.
@@ -91,14 +95,14 @@ class Grassmann(Manifold):
         ratio = torch.where(angles > 0, angles / angles.sin().clamp(min=torch.finfo(x.dtype).tiny), 1.0)
         return (normal * ratio[..., None, :]) @ left.mT
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of squared principal angles. Two derivatives, up to the right angle."""
-        return root_at(norm_along(_angles(x, y), (-1,))[..., 0], self.squared_distance(x, y))
-
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the sum of squared principal angles. Two derivatives, up to the right angle."""
         # Y - X has the same horizontal part as Y, and is exactly 0 at Y = X.
         return squared_angles(gram(self.project(x, y - x)), _angles(x, y))
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the root of the sum of squared principal angles. Two derivatives, up to the right angle."""
+        return root_at(torch.linalg.vector_norm(_angles(x, y), dim=-1), self.squared_distance(x, y))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor: an orthonormal basis of the same span."""

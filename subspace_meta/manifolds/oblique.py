@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, norm_along, without_rounding
+from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
 from subspace_meta.manifolds.sphere import (
     Normalization,
     SphereRetraction,
@@ -20,10 +20,9 @@ from subspace_meta.manifolds.sphere import (
     nearest_unit,
     normalized,
     parallel_transport,
-    sphere_angle,
     sphere_log,
     sphere_projection,
-    sphere_squared_angle,
+    squared_angle,
     unit_error,
 )
 
@@ -38,6 +37,11 @@ class Oblique(Manifold):
     """
 
     retraction: SphereRetraction = field(default=Normalization())
+
+    @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "unit"
 
     @property
     def retraction_order(self) -> float:
@@ -83,16 +87,12 @@ class Oblique(Manifold):
         return great_circle(x, v.to(x.dtype), COLUMN)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the shortest tangent to ``y``; where a column meets its antipode one of them."""
+        """Return the shortest tangent to ``y``; where a column meets its antipode, one of the shortest."""
         return sphere_log(x, y, COLUMN)
-
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of the squared angles between the columns."""
-        return norm_along(sphere_angle(x, y, COLUMN), (-2, -1))[..., 0, 0]
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the sum of the squared angles between the columns."""
-        return sphere_squared_angle(x, y, COLUMN).sum(dim=(-2, -1))
+        return squared_angle(x, y, COLUMN)[..., 0, :].sum(dim=-1)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the matrix with normalised columns; a zero column goes to the first basis vector."""

@@ -19,7 +19,6 @@ from subspace_meta.manifolds.base import (
     embedded_inner,
     gram,
     gram_error,
-    norm_along,
     root_at,
     skew_part,
     squared_angles,
@@ -71,14 +70,14 @@ def _half_angles(x: Tensor, y: Tensor) -> Tensor:
     return torch.atan2(torch.linalg.svdvals(y - x).flip(-1), torch.linalg.svdvals(y + x))
 
 
-def rotation_squared_distance(x: Tensor, y: Tensor) -> Tensor:
+def squared_rotation_distance(x: Tensor, y: Tensor) -> Tensor:
     """Return |log(X^T Y)|_F^2 for X and Y in one component; two derivatives, up to the angle pi."""
     return 4.0 * squared_angles(0.25 * gram(y - x), _half_angles(x, y))
 
 
 def rotation_distance(x: Tensor, y: Tensor) -> Tensor:
     """Return |log(X^T Y)|_F for X and Y in one component, accurate to rounding at every angle."""
-    return root_at(2.0 * norm_along(_half_angles(x, y), (-1,))[..., 0], rotation_squared_distance(x, y))
+    return root_at(2.0 * torch.linalg.vector_norm(_half_angles(x, y), dim=-1), squared_rotation_distance(x, y))
 
 
 def _widest_gap(cosines: Tensor) -> Tensor:
@@ -141,12 +140,6 @@ def rotation_log(x: Tensor, y: Tensor) -> Tensor:
     return tangent
 
 
-def _joined(x: Tensor, y: Tensor) -> Tensor:
-    """Return whether the determinants have one sign."""
-    joined: Tensor = torch.linalg.det(x) * torch.linalg.det(y) > 0
-    return joined
-
-
 @dataclass(frozen=True)
 class Orthogonal(Manifold):
     """Orthogonal n x n matrices of either determinant, metric <u, v> = tr(u^T v). Left translation: isometric.
@@ -156,6 +149,11 @@ class Orthogonal(Manifold):
     """
 
     retraction: OrthonormalRetraction = field(default=PolarNewtonSchulz())
+
+    @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
 
     @property
     def retraction_order(self) -> float:
@@ -200,16 +198,19 @@ class Orthogonal(Manifold):
         return rotation_exp(x, v)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return X log(X^T Y), a shortest one; NaN if the determinants differ. Not for differentiated paths."""
+        """Return X log(X^T Y), one of the shortest where an angle is pi; NaN if the determinants differ.
+
+        Not for differentiated paths.
+        """
         return torch.where(_joined(x, y)[..., None, None], rotation_log(x, y), torch.nan)
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared distance; NaN if the determinants differ. Two derivatives, up to the angle pi."""
+        return torch.where(_joined(x, y), squared_rotation_distance(x, y), torch.nan)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Frobenius norm of log(X^T Y); NaN if the determinants differ. Two derivatives, up to pi."""
         return torch.where(_joined(x, y), rotation_distance(x, y), torch.nan)
-
-    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared distance; NaN if the determinants differ. Two derivatives, up to the angle pi."""
-        return torch.where(_joined(x, y), rotation_squared_distance(x, y), torch.nan)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""
@@ -228,3 +229,9 @@ class Orthogonal(Manifold):
     def violation(self, x: Tensor) -> Tensor:
         """Return the largest absolute entry of X^T X - I."""
         return gram_error(x)
+
+
+def _joined(x: Tensor, y: Tensor) -> Tensor:
+    """Return whether two orthogonal matrices lie in one component, ``(...)``."""
+    joined: Tensor = torch.linalg.det(x) * torch.linalg.det(y) > 0
+    return joined

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, norm_along
+from subspace_meta.manifolds.base import Manifold, root
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,6 @@ class Product(Manifold):
         """Return the sum of the factors' inner products."""
         return torch.stack([factor.inner(*block) for factor, block in self._split((x, u, v))]).sum(dim=0)
 
-    def norm(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return the root of the sum of the factors' squared norms."""
-        return norm_along(torch.stack([factor.norm(*block) for factor, block in self._split((x, v))]), (0,))[0]
-
     def retract(self, x: Tensor, v: Tensor) -> Tensor:
         """Retract block by block; each factor bounds its own step."""
         return self._join([factor.retract(*block) for factor, block in self._split((x, v))])
@@ -122,14 +118,16 @@ class Product(Manifold):
         """Take every factor's logarithm."""
         return self._join([factor.log(*block) for factor, block in self._split((x, y))])
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of the factors' squared distances."""
-        distances = torch.stack([factor.distance(*block) for factor, block in self._split((x, y))])
-        return norm_along(distances, (0,))[0]
-
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the sum of the factors' squared distances."""
         return torch.stack([factor.squared_distance(*block) for factor, block in self._split((x, y))]).sum(dim=0)
+
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the root of the sum of the factors' squared norms."""
+        norms = torch.stack([factor.norm(*block) for factor, block in self._split((x, v))])
+        largest = norms.detach().amax(dim=0)
+        largest = torch.where(largest > 0, largest, 1.0)
+        return root((norms / largest).square().sum(dim=0)) * largest
 
     def nearest(self, x: Tensor) -> Tensor:
         """Take the nearest point block by block."""

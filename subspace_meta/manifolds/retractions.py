@@ -8,24 +8,23 @@ here: a polar factor by SVD or by the eigenvectors of the Gram matrix has NaN de
 retraction            order (embedded, canonical  steps longer than this are    cost in flops beside the d x p
                       metric, Grassmann, SO(n))   shortened to it               additions
 ====================  ==========================  ============================  ===================================
-CholeskyQR            1, 1, 2, 1                  |V|_F = 7                     4dp^2 + p^3 (p >= 256: 5/2 dp^2)
-HouseholderQR         1, 1, 2, 1                  |V|_F = 7                     4dp^2, in LAPACK's slower kernels
+CholeskyQR            1, 1, 2, 1                  |V|_F = 10                    4dp^2 + p^3 (p >= 256: 5/2 dp^2)
+HouseholderQR         1, 1, 2, 1                  |V|_F = 10                    4dp^2, in LAPACK's slower kernels
 PolarNewtonSchulz     2, 1, 2, 2                  |V|_2 = 2                     6dp^2 + 18p^3 (float64: 24p^3)
-Cayley                1, 2, 2, 2                  |V|_2 = 10 (Grassmann: 2)     14dp^2 + 2p^3; d = p: 13p^3
-Geodesic              exact in its metric         |V|_2 = pi (Grassmann: pi/2;  16dp^2 and exp of 2p x 2p; d = p:
-                                                  canonical, d > p: 2.72)       6p^3 and exp of p x p
+Cayley                1, 2, 2, 2                  |V|_2 = 10, Grassmann: 2      14dp^2 + 2p^3; d = p: 13p^3
+Geodesic              exact in its metric         |V|_2 = pi, Grassmann: pi/2;  16dp^2 and exp of 2p x 2p; d = p:
+                                                  canonical, d > p: 2.72        6p^3 and exp of p x p
 ====================  ==========================  ============================  ===================================
 
-No bound is beyond the turning point of its own curve t -> R_x(tV), from where a longer step would end nearer to ``x``:
+No bound lies beyond the point where the curve turns back: a longer step never ends nearer to the start than a shorter
+one along the same ray. In a plane, a step of length s turns by s on a geodesic, by 2 atan(s/2) with Cayley, by atan(s)
+with the others; two subspaces are at most pi/2 apart, so on Grassmann the first two have tighter bounds. In detail:
 
-* A polar step turns each plane by atan(t s) of its singular value s, and tr(X^T R) = tr (I + t^2 V^T V)^(-1/2) falls
-  for all t. Cayley turns the planes of W (below) by 2 atan(t w / 2) < pi, and tr(X^T R) is a positive sum of the
-  cosines; on Grassmann the turn must stay below pi/2, so t s <= 2.
+* A polar step has tr(X^T R) = tr (I + t^2 V^T V)^(-1/2) on the ray tV, which falls for all t. With Cayley it is a
+  positive sum of the cosines of the angles 2 atan(t w / 2) < pi of the planes of W (below).
 * The curvature of the embedded geodesic is |V^T V|_F / |V|_F^2, so its tangent turns by at most |V|_2 t, and while that
   is below pi the chord grows (as in Schur's comparison theorem). The canonical one turns the planes of W by angles up
-  to t |W|_2 <= (2 / sqrt 3) t |V|_2. On Grassmann the turn must stay below pi/2.
-* QR orthonormalises column by column; its span is that of the polar step, but its columns turn back along directions
-  close to rank one, from |V|_F = 8.6 on for p = 2 and 7.7 for p = 4 (found by maximising the change of tr(X^T R)).
+  to t |W|_2 <= (2 / sqrt 3) t |V|_2.
 
 CholeskyQR and PolarNewtonSchulz work on the real Gram matrix K = (X+V)^T (X+V), which equals I + V^T V for a tangent V.
 Taking K instead of assuming that identity makes every step remove the error the last ones left. In finite precision K
@@ -45,15 +44,15 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import (
-    MATRIX,
-    clipped,
     divide_by_lower,
     euclidean_inner,
     gram,
@@ -81,8 +80,8 @@ class OrthonormalRetraction(abc.ABC):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Retract the tangent ``v`` at ``x``, both ``(..., d, p)``."""
 
-    def on_subspaces(self) -> OrthonormalRetraction:
-        """Return the retraction for Grassmann: with a bound at which no direction turns by more than a right angle."""
+    def on_grassmann(self) -> OrthonormalRetraction:
+        """Return the retraction with its bound no further than where a subspace would come nearer again."""
         return self
 
 
@@ -106,29 +105,35 @@ def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
     return limit / squared_norm.clamp(min=limit)
 
 
-def _with_squared_norm(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V and |V|_F^2, ``(..., 1, 1)``; a V whose square would overflow is first shortened as far as harmless."""
-    if values_at_hand(v):
-        squared = euclidean_inner(v, v)[..., None, None]
-        if bool((squared < math.inf).all()):
-            return v, squared
-    v = clipped(v, MATRIX, 3 / 8)
-    return v, euclidean_inner(v, v)[..., None, None]
+# Far above every bound, and below where squares of squares overflow in float32.
+_HUGE = 2.0**28
 
 
-def _with_spectral_bound(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return V, V^T V and a bound of |V|_2^2 (:func:`~subspace_meta.manifolds.base.spectral_bound`: never too small).
+def without_huge(v: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return V and ``squares(V)``; a step so long that these may overflow is brought to |V|_F = 2^28.
 
-    A V whose fourth powers would overflow is first shortened, as far as is harmless. 2dp^2 flops.
+    Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
     """
     if values_at_hand(v):
-        inner = gram(v)
-        bound = spectral_bound(inner)
-        if bool((bound < math.inf).all()):
-            return v, inner, bound
-    v = clipped(v, MATRIX, 1 / 8)
-    inner = gram(v)
-    return v, inner, spectral_bound(inner)
+        squared = squares(v)
+        if known_true(squared < _HUGE * _HUGE):
+            return v, squared
+    norm = torch.linalg.vector_norm(v.detach(), dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
+    return v, squares(v)
+
+
+def _squared_frobenius(v: Tensor) -> Tensor:
+    return euclidean_inner(v, v)[..., None, None]
+
+
+def _shortened(v: Tensor, max_norm: float) -> Tensor:
+    """Return ``v``, or sv with spectral norm at most ``max_norm`` where ``v`` may be longer. 2dp^2 flops.
+
+    |V|_2 is bounded by :func:`~subspace_meta.manifolds.base.spectral_bound` of V^T V: never too small.
+    """
+    v, inner = without_huge(v, gram)
+    return v * _squared_scale(spectral_bound(inner), max_norm).sqrt()
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,13 @@ class CholeskyQR(OrthonormalRetraction):
     orthonormality error is below 1e-5 for a step of rank one, and below 1e-6 for one of full rank.
     """
 
-    max_norm: float = 7.0
+    max_norm: float = 10.0
     order = 1
     grassmann_order = 2
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return (X+V) L^{-T} with L L^T = (X+V)^T (X+V)."""
-        v, squared_norm = _with_squared_norm(v.to(x.dtype))
+        v, squared_norm = without_huge(v.to(x.dtype), _squared_frobenius)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # cholesky_ex does not raise: a non-finite step must propagate, not stop the other tasks under vmap.
         factor = torch.linalg.cholesky_ex(gram(y)).L
@@ -160,19 +165,20 @@ class CholeskyQR(OrthonormalRetraction):
 
 @dataclass(frozen=True)
 class HouseholderQR(OrthonormalRetraction):
-    """The same QR retraction by LAPACK's Householder reflections, with the same bound on the step.
+    """The same QR retraction by LAPACK's Householder reflections.
 
-    The float32 orthonormality error is below 1e-6 at every length, rank-deficient steps included. Its derivative
-    solves with R, so that is accurate to about eps (1 + |V|^2) only.
+    Steps with Frobenius norm above ``max_norm`` are shortened to it: where |V| is large, X is lost in the sum, and the
+    result is only as good as eps (1 + |V|^2), its derivative too. The float32 orthonormality error is below 1e-6 at
+    every length, rank-deficient steps included.
     """
 
-    max_norm: float = 7.0
+    max_norm: float = 10.0
     order = 1
     grassmann_order = 2
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthonormal factor of X+V."""
-        v, squared_norm = _with_squared_norm(v.to(x.dtype))
+        v, squared_norm = without_huge(v.to(x.dtype), _squared_frobenius)
         return positive_qr(torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v))
 
 
@@ -281,7 +287,8 @@ class PolarNewtonSchulz(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the orthogonal polar factor of X+V."""
-        v, _, squared_norm = _with_spectral_bound(v.to(x.dtype))
+        v, inner = without_huge(v.to(x.dtype), gram)
+        squared_norm = spectral_bound(inner)
         y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)
         # The limit does not depend on the centre 1 + h, so its derivative is left out.
         half_width = 0.5 * squared_norm.detach().clamp(max=self.max_norm**2)
@@ -322,11 +329,15 @@ class Cayley(OrthonormalRetraction):
     grassmann_order = 2
     rotation_order = 2
 
+    def on_grassmann(self) -> Cayley:
+        """Return it with steps up to 2, where 2 atan(s/2) is pi/2."""
+        return Cayley(min(self.max_norm, 2.0))
+
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the Cayley transform of W applied to X, polished."""
-        v, inner, bound = _with_spectral_bound(v.to(x.dtype))
+        v, inner = without_huge(v.to(x.dtype), gram)
         identity = identity_like(x)
-        squared_scale = _squared_scale(bound, self.max_norm)
+        squared_scale = _squared_scale(spectral_bound(inner), self.max_norm)
         scale = squared_scale.sqrt()
         a = scale * skew_part(x.mT @ v)
         if x.shape[-2] == x.shape[-1]:
@@ -337,10 +348,6 @@ class Cayley(OrthonormalRetraction):
             left = torch.addcmul(x @ (2.0 * identity - a), scale, v)
         # The inverse and a product: a solve with a tall right-hand side takes twice as long.
         return newton_schulz_step(left @ torch.linalg.inv(right) - x)
-
-    def on_subspaces(self) -> Cayley:
-        """Return the one for Grassmann: 2 atan(2/2) is a right angle."""
-        return replace(self, max_norm=min(self.max_norm, 2.0))
 
 
 # How far the exponential maps follow a geodesic accurately: |V|_2 in radians, ten times around.
@@ -390,12 +397,12 @@ CANONICAL_TURN = 0.5 * math.sqrt(3.0) * math.pi
 class Geodesic(OrthonormalRetraction):
     """The exponential map of the embedded or of the canonical metric, with steps above ``max_norm`` shortened.
 
-    The default pi is half a turn, from where a longer step would come back; on tall matrices the canonical metric's
-    geodesic does so from pi sqrt(3)/2 = 2.72 on at the earliest, where steps are shortened in any case. On Grassmann,
-    SO(n) and O(n) the two are the same. Several times the cost of the others; it ends with the polish.
+    On Grassmann, SO(n) and O(n) the two are the same. On tall matrices the canonical one comes back from
+    pi sqrt(3)/2 = 2.72 on at the earliest, and steps are shortened to that in any case. Several times the cost of the
+    others; it ends with the polish.
 
     Raises:
-        ValueError: an unknown metric, or ``max_norm`` is not in (0, pi].
+        ValueError: the metric is neither, or ``max_norm`` is not in (0, pi]: beyond, a geodesic comes back.
     """
 
     metric: Literal["embedded", "canonical"] = "embedded"
@@ -407,7 +414,11 @@ class Geodesic(OrthonormalRetraction):
         if self.metric not in ("embedded", "canonical"):
             raise ValueError(f"metric must be 'embedded' or 'canonical', got {self.metric!r}")
         if not 0.0 < self.max_norm <= math.pi:
-            raise ValueError(f"max_norm must be in (0, pi], got {self.max_norm}: a longer step comes back")
+            raise ValueError(f"max_norm must be in (0, pi], beyond which a geodesic comes back; got {self.max_norm}")
+
+    def on_grassmann(self) -> Geodesic:
+        """Return it with steps up to pi/2."""
+        return Geodesic(self.metric, min(self.max_norm, math.pi / 2))
 
     @property
     def order(self) -> float:  # type: ignore[override]
@@ -421,13 +432,8 @@ class Geodesic(OrthonormalRetraction):
 
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the geodesic's point at time 1."""
-        tall = x.shape[-2] > x.shape[-1]
         canonical = self.metric == "canonical"
+        tall = x.shape[-2] > x.shape[-1]
         max_norm = min(self.max_norm, CANONICAL_TURN) if canonical and tall else self.max_norm
-        v, _, squared_norm = _with_spectral_bound(v.to(x.dtype))
-        v = v * _squared_scale(squared_norm, max_norm).sqrt()
-        return (canonical_geodesic if canonical else embedded_geodesic)(x, v, max_norm)
-
-    def on_subspaces(self) -> Geodesic:
-        """Return the one for Grassmann, bounded by a right angle."""
-        return replace(self, max_norm=min(self.max_norm, 0.5 * math.pi))
+        geodesic = canonical_geodesic if canonical else embedded_geodesic
+        return geodesic(x, _shortened(v.to(x.dtype), max_norm), max_norm)

@@ -18,18 +18,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import (
     Manifold,
     euclidean_inner,
     identity_like,
     normal_like,
+    power_of_two,
+    root,
     spectral_bound,
     symmetric_part,
+    trace,
 )
 from subspace_meta.manifolds.matrix_functions import (
-    LOGARITHM_NORM,
+    compose,
+    known_zero,
+    logarithm_difference,
     matrix_exponential,
-    symmetric_logarithm,
+    polar_difference,
+    symmetric_exponential,
     symmetric_square_root,
 )
 from subspace_meta.manifolds.orthogonal import check_square
@@ -57,11 +64,90 @@ def whiten(factor: Tensor, v: Tensor) -> Tensor:
     return symmetric_part(torch.linalg.solve_triangular(factor, half.mT, upper=False))
 
 
-def _shorten(e: Tensor, max_norm: float) -> Tensor:
-    """Return s <= 1, ``(..., 1, 1)``, such that s|E|_2 <= ``max_norm``; exactly 1 well within. 2n^3 flops."""
-    limit = max_norm * max_norm
-    # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
-    return (limit / spectral_bound(e @ e).clamp(min=limit)).sqrt()
+def _in_range(v: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)`` or a number, such that no entry is above 2.
+
+    So whitening does not overflow; products of whitened matrices are for :func:`_length` to keep in range.
+    """
+    if known_true(v.detach().abs().amax() < 2.0):
+        return v, 1.0
+    size = power_of_two(v).clamp(min=1.0)
+    return v / size, size
+
+
+# Squarings in the power method below: the weight of an eigenvalue is its 2^12-th (2^24-th) power.
+_SQUARINGS = {torch.float32: 12, torch.float64: 24}
+
+
+def _largest_contraction(e: Tensor, bound: Tensor) -> Tensor:
+    """Return the largest eigenvalue l of -E, ``(..., 1, 1)``, for |E|_2 <= ``bound``; two right derivatives if simple.
+
+    -tr(P E) with P = (c I - E)^m / trace, m = 2^12 (float64: 2^24), by squaring: a mean of eigenvalues, so never above
+    l, and below it by at most (l + c) log(n)/m where other eigenvalues are as near: 1e-3 (1e-7), else by rounding. The
+    second-order retraction is flat there; half of the square is what it loses. P is a constant, the projection on an
+    eigenvector w as a rule; then, to second order, l(E + H) = l - tr(P H) + |(E + l I)^{-1/2} (I - P) H w|^2. At equal
+    eigenvalues P is a mean. 24n^3 (48n^3) flops, and 5n^3: a decomposition takes three times as long on a CPU.
+    """
+    constant, identity = e.detach(), identity_like(e)
+    # A little more than the bound, or nothing would be left of a multiple of the identity.
+    power = 1.125 * bound.detach() * identity - constant
+    for step in range(_SQUARINGS[e.dtype]):
+        if step % 3 == 0:
+            # Of trace 1, the eighth power is in range.
+            power = power / trace(power)[..., None, None]
+        power = power @ power
+    power = power / trace(power)[..., None, None]
+    largest = -euclidean_inner(power, e)[..., None, None]
+    change = e - constant
+    if known_zero(change):
+        return largest
+    # On the range of P, where (I - P) H w has no part, anything positive makes the matrix definite.
+    size = e.shape[-1] * bound.detach()
+    factor, failure = torch.linalg.cholesky_ex(constant + largest.detach() * identity + size * power)
+    across = torch.linalg.solve_triangular(factor, (identity - power) @ change @ power, upper=False)
+    second = across.square().sum(dim=(-2, -1), keepdim=True)
+    return largest + torch.where(failure[..., None, None] == 0, second, 0.0)
+
+
+def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: float = math.inf) -> Tensor | float:
+    """Return the largest s <= ``size``, ``(..., 1, 1)``, with s|E|_2 <= ``max_norm`` and s E >= -``max_contraction``.
+
+    |E|_2 is bounded from above; the smallest eigenvalue is exact to rounding, because a step within both bounds must
+    not be shortened where the other eigenvalues are large. On a CPU, outside of transforms: n^2 flops for steps that
+    are short in the Frobenius norm, 3n^3 for other short ones; else, 3n^3 and :func:`_largest_contraction`.
+    """
+    limited = max_contraction < math.inf
+
+    def no_contraction_beyond(length: Tensor | float) -> bool:
+        # A Cholesky factor of c I + s E says that no eigenvalue is below -c.
+        shifted = max_contraction * identity_like(e) + length * e.detach()
+        return known_true(torch.linalg.cholesky_ex(shifted).info == 0)
+
+    # Not shortcuts to another result, these and the one below: the minimum would be ``size``. |E|_2 <= |E|_F, and
+    # |E|_2^2 <= |E^2|_F. Where ``size`` is a tensor, squares may leave the range.
+    bound = None
+    if isinstance(size, float):
+        if known_true(torch.linalg.vector_norm(e, dim=(-2, -1)) <= min(max_norm, max_contraction)):
+            return size
+        squared = e @ e
+        within = known_true(torch.linalg.vector_norm(squared, dim=(-2, -1)) <= max_norm * max_norm)
+        if within and (not limited or no_contraction_beyond(size)):
+            return size
+        # E^2 has the squared eigenvalues; bounding it is sharper than bounding E.
+        bound = spectral_bound(squared).sqrt()
+    scale: Tensor | float = 1.0
+    if bound is None or not known_true(torch.isfinite(bound)):
+        # Entries of size 1, so that squares neither overflow nor vanish. The entries of a short step stay below that:
+        # dividing them by something tiny would give derivatives that overflow before they meet their factor 0.
+        scale = torch.maximum(power_of_two(e), torch.as_tensor(1.0 / size))
+        e = e / scale
+        bound = spectral_bound(e @ e).sqrt()
+    length = (max_norm / bound).clamp(max=size * scale)
+    if limited and not no_contraction_beyond(length.detach()):
+        # The floor is for steps that contract nowhere; max_norm / bound has shortened them to far less.
+        contraction = torch.maximum(_largest_contraction(e, bound), torch.finfo(e.dtype).eps * bound)
+        length = torch.minimum(length, max_contraction / contraction)
+    return length / scale
 
 
 def keep_positive(x: Tensor) -> Tensor:
@@ -85,8 +171,10 @@ def keep_positive(x: Tensor) -> Tensor:
 class SPDSecondOrder(SPDRetraction):
     """M + V + V M^{-1} V / 2, computed as (M + F F^T)/2 with F = L (I + E): a sum of two positive matrices. Order 2.
 
-    Eigenvalues e of E go to 1 + e + e^2/2 >= 1/2. Steps are shortened to |E|_2 <= ``max_norm``; the default 2 is where
-    a contraction would turn into an expansion. One Cholesky factor, two triangular solves, two products: 7n^3 flops.
+    Eigenvalues e of E go to 1 + e + e^2/2 >= 1/2, which falls to 1/2 at e = -1 and turns there: a longer contraction
+    would end nearer to the start, and at -2 there again. So steps are shortened to E >= -1, besides to |E|_2 <=
+    ``max_norm``, and a longer step never ends nearer. One Cholesky factor, two triangular solves, two products: 7n^3
+    flops (steps beyond the bounds: :func:`_length`).
     """
 
     max_norm: float = 2.0
@@ -95,10 +183,11 @@ class SPDSecondOrder(SPDRetraction):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the retracted point, polished by :func:`keep_positive`."""
         factor = cholesky(x)
+        v, size = _in_range(symmetric_part(v.to(x.dtype)))
         # L E = V L^{-T}
-        step = torch.linalg.solve_triangular(factor, symmetric_part(v.to(x.dtype)), upper=False).mT
-        whitened = torch.linalg.solve_triangular(factor, step, upper=False)
-        moved = factor + _shorten(symmetric_part(whitened), self.max_norm) * step
+        step = torch.linalg.solve_triangular(factor, v, upper=False).mT
+        whitened = symmetric_part(torch.linalg.solve_triangular(factor, step, upper=False))
+        moved = factor + _length(whitened, size, self.max_norm, max_contraction=1.0) * step
         return keep_positive(0.5 * (x + moved @ moved.mT))
 
 
@@ -106,8 +195,8 @@ class SPDSecondOrder(SPDRetraction):
 class SPDExponential(SPDRetraction):
     """The exponential map L exp(E) L^T, computed as F F^T with F = L exp(E/2).
 
-    Steps are shortened to |E|_2 <= ``max_norm``: the default 5 multiplies an eigenvalue by at most 148. About twice the
-    cost of the second-order retraction.
+    Steps are shortened to |E|_2 <= ``max_norm``: the default 5 multiplies an eigenvalue by 1/148 to 148. About twice
+    the cost of the second-order retraction.
     """
 
     max_norm: float = 5.0
@@ -116,14 +205,52 @@ class SPDExponential(SPDRetraction):
     def __call__(self, x: Tensor, v: Tensor) -> Tensor:
         """Return the geodesic's point at time 1, polished by :func:`keep_positive`."""
         factor = cholesky(x)
-        whitened = whiten(factor, symmetric_part(v.to(x.dtype)))
-        return keep_positive(_along(factor, _shorten(whitened, self.max_norm) * whitened, self.max_norm))
+        v, size = _in_range(symmetric_part(v.to(x.dtype)))
+        whitened = whiten(factor, v)
+        half = 0.5 * _length(whitened, size, self.max_norm) * whitened
+        # Products have an error of eps relative to 1; exp(-5/2) keeps all digits but one, exp(-20) would keep none.
+        short = self.max_norm <= 5.0
+        half = factor @ (matrix_exponential(half, 0.5 * self.max_norm) if short else symmetric_exponential(half))
+        return keep_positive(half @ half.mT)
 
 
-def _along(factor: Tensor, whitened: Tensor, max_norm: float) -> Tensor:
-    """Return L exp(E) L^T as a product F F^T, for |E|_2 <= ``max_norm``."""
-    half = factor @ matrix_exponential(0.5 * whitened, 0.5 * max_norm)
-    return half @ half.mT
+@dataclass(frozen=True)
+class _Pair:
+    """Two points in terms of each other: L^{-1} Y L^{-T} = K K^T, K = L^{-1} (factor of y) = U diag(s) W^T.
+
+    The singular values' ratio is the square root of the eigenvalues' ratio, so this keeps half of the digits that a
+    decomposition of K K^T loses. Like there (:mod:`~subspace_meta.manifolds.matrix_functions`), the decomposition is a
+    constant, and ``difference`` = U^T K W - diag(s) has the value 0 and the derivatives.
+    """
+
+    factor: Tensor
+    end: Tensor
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    difference: Tensor
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor) -> _Pair:
+        """Decompose. 3n^3 flops and a singular value decomposition."""
+        factor, end = cholesky(x), cholesky(y)
+        k = torch.linalg.solve_triangular(factor, end, upper=False)
+        constant = k.detach()
+        # At equal points K is the identity, without the rounding errors that solving leaves. A matrix that is not
+        # finite starts there too, because the decomposition would raise; the difference is NaN then.
+        finite = torch.isfinite(constant).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        equal = (x.detach() == y.detach()).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        left, values, right = torch.linalg.svd(torch.where(finite & ~equal, constant, identity_like(constant)))
+        # A matrix that is not positive definite has no factor, and K may be singular; logarithms stay finite.
+        values = values.clamp(min=torch.finfo(k.dtype).tiny)
+        return _Pair(factor, end, left, values, right.mT, left.mT @ (k - constant) @ right.mT)
+
+    def logarithm(self) -> tuple[Tensor, Tensor]:
+        """Return g and X of value 0 with log(K K^T) = U (diag(g) + X) U^T, g = 2 log s."""
+        logs = 2.0 * self.values.log()
+        # K K^T = U diag(s) (I + N)(I + N^T) diag(s) U^T
+        n = self.difference / self.values[..., :, None]
+        return logs, logarithm_difference(logs, n + n.mT + n @ n.mT)
 
 
 @dataclass(frozen=True)
@@ -175,38 +302,54 @@ class SPD(Manifold):
         """Apply the chosen retraction."""
         return self.retraction(x, v)
 
-    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Carry ``v`` along the geodesic to ``y``: B V B^T, B = (Y M^{-1})^{1/2} = L (L^{-1} Y L^{-T})^{1/2} L^{-1}."""
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the length of ``v`` in the metric, |L^{-1} V L^{-T}|_F; derivative 0 at 0; no square overflows."""
         factor = cholesky(x)
-        root = symmetric_square_root(whiten(factor, y))
-        left = factor @ root
-        return symmetric_part(left @ whiten(factor, symmetric_part(v.to(x.dtype))) @ left.mT)
+        v, size = _in_range(v.to(x.dtype))
+        whitened = torch.linalg.solve_triangular(factor, v, upper=False).mT
+        whitened = torch.linalg.solve_triangular(factor, whitened, upper=False)
+        scale = power_of_two(whitened)
+        return (root((whitened / scale).square().sum(dim=(-2, -1), keepdim=True)) * scale * size)[..., 0, 0]
+
+    def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Carry ``v`` along the geodesic to ``y``: B V B^T, B = (Y M^{-1})^{1/2}.
+
+        With K = L^{-1} (factor F of y) and its orthogonal polar factor Q, B = L (K K^T)^{1/2} L^{-1} = F Q^T L^{-1}: an
+        isometry to rounding.
+        """
+        pair = _Pair.of(x, y)
+        turn = identity_like(y) + polar_difference(pair.values, pair.difference)
+        left = pair.end @ (pair.left @ turn @ pair.right.mT).mT
+        return symmetric_part(left @ whiten(pair.factor, symmetric_part(v.to(x.dtype))) @ left.mT)
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
-        """Return L exp(E) L^T; accurate for |E|_2 up to 64 (factors of 1e27)."""
+        """Return L exp(E) L^T as F F^T, F = L exp(E/2): wherever the result is in the type's range."""
         factor = cholesky(x)
-        return symmetric_part(_along(factor, whiten(factor, symmetric_part(v.to(x.dtype))), LOGARITHM_NORM))
+        half = factor @ symmetric_exponential(0.5 * whiten(factor, symmetric_part(v.to(x.dtype))))
+        return symmetric_part(half @ half.mT)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """Return L log(L^{-1} Y L^{-T}) L^T."""
-        factor = cholesky(x)
-        return symmetric_part(factor @ symmetric_logarithm(whiten(factor, y)) @ factor.mT)
+        pair = _Pair.of(x, y)
+        return compose(pair.factor @ pair.left, *pair.logarithm())
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(L^{-1} Y L^{-T})."""
-        distance: Tensor = torch.linalg.matrix_norm(symmetric_logarithm(whiten(cholesky(x), y)))
-        return distance
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return |log(L^{-1} Y L^{-T})|_F^2; three right derivatives, also at equal points."""
+        logs, difference = _Pair.of(x, y).logarithm()
+        return (torch.diag_embed(logs) + difference).square().sum(dim=(-2, -1))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return sym(X) with eigenvalues raised to 1e-6 times the largest in float64 (1e-4 in float32).
 
         The set is open, so there is no nearest point; this is the nearest one that is safely inside. A matrix without a
-        positive eigenvalue goes to that multiple of the identity.
+        positive eigenvalue goes to that multiple of its largest absolute one (of 1, if it is 0) times the identity.
         """
         values, vectors = torch.linalg.eigh(symmetric_part(x))
         share = 1e-6 if x.dtype == torch.float64 else 1e-4
         largest = values[..., -1:]
-        raised = torch.maximum(values, share * torch.where(largest > 0, largest, 1.0))
+        size = values[..., :1].abs()
+        size = torch.where(largest > 0, largest, torch.where(size > 0, size, 1.0))
+        raised = torch.maximum(values, share * size)
         return symmetric_part((vectors * raised[..., None, :]) @ vectors.mT)
 
     def random_point(
@@ -242,5 +385,5 @@ class SPD(Manifold):
 
     def from_coordinates(self, x: Tensor, v: Tensor) -> Tensor:
         """Return S V S."""
-        root = symmetric_square_root(x)
-        return root @ v.to(x.dtype) @ root
+        half = symmetric_square_root(x)
+        return half @ v.to(x.dtype) @ half

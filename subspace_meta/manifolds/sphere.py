@@ -14,15 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import (
-    MATRIX,
-    Manifold,
-    clipped,
-    embedded_inner,
-    norm_along,
-    values_at_hand,
-    without_rounding,
-)
+from subspace_meta._tracing import known_true
+from subspace_meta.manifolds.base import Manifold, embedded_inner, root, values_at_hand, without_rounding
+
+MATRIX = (-2, -1)
 
 
 def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -31,13 +26,25 @@ def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def normalized(y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return Y divided by its norm along ``dim``, also where the sum of squares would overflow."""
-    if values_at_hand(y):
-        squared = dot(y, y, dim)
-        if bool((squared < math.inf).all()):
-            return y * squared.rsqrt()
-    y = clipped(y, dim, 3 / 8)
+    """Return Y divided by its norm along ``dim``."""
     return y * dot(y, y, dim).rsqrt()
+
+
+# Far above every bound of a step, and far below where its square overflows in float32.
+_HUGE = 2.0**28
+
+
+def _without_huge(v: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return V and its squared norm along ``dim``; a step far beyond every bound is brought to the length 2^28.
+
+    Its direction is all that counts there, so the factor is a constant.
+    """
+    squared = dot(v, v, dim)
+    if known_true(squared < _HUGE * _HUGE):
+        return v, squared
+    norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
+    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
+    return v, dot(v, v, dim)
 
 
 def cosine_and_sinc(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,12 +75,13 @@ class SphereRetraction(abc.ABC):
 
 @dataclass(frozen=True)
 class Normalization(SphereRetraction):
-    """(X + V) / |X + V|. Order 2. Corrects itself, and needs no bound: |X + V| >= 1, and it turns by atan|V|."""
+    """(X + V) / |X + V|. Order 2. Corrects itself, and needs no bound: |X + V| >= 1."""
 
     order = 2
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the normalised sum."""
+        v, _ = _without_huge(v.to(x.dtype), dim)
         return normalized(x + v, dim)
 
 
@@ -82,7 +90,7 @@ class SphereExponential(SphereRetraction):
     """cos|V| X + sin|V| V/|V|, normalised at the end.
 
     Steps longer than ``max_norm`` are shortened to it. The default pi is the way to the antipode: a longer step would
-    come back.
+    go round, and from |V| = 1/eps on its end would be a matter of rounding.
 
     Raises:
         ValueError: ``max_norm`` is not in (0, pi].
@@ -93,15 +101,15 @@ class SphereExponential(SphereRetraction):
 
     def __post_init__(self) -> None:
         if not 0.0 < self.max_norm <= math.pi:
-            raise ValueError(f"max_norm must be in (0, pi], got {self.max_norm}: a longer step comes back")
+            raise ValueError(
+                f"max_norm must be in (0, pi], beyond which a great circle comes back; got {self.max_norm}"
+            )
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the geodesic's point at time 1."""
-        v = v.to(x.dtype)
+        v, squared = _without_huge(v.to(x.dtype), dim)
         limit = self.max_norm**2
-        if not (values_at_hand(v) and bool((dot(v, v, dim) < math.inf).all())):
-            v = clipped(v, dim, 3 / 8)
-        return great_circle(x, v * (limit / dot(v, v, dim).clamp(min=limit)).sqrt(), dim)
+        return great_circle(x, v * (limit / squared.clamp(min=limit)).sqrt(), dim)
 
 
 def great_circle(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -139,9 +147,9 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) ->
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X. At Y = -X one of the shortest."""
+    """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X. At Y = -X: one of the shortest."""
     cosine = dot(x, y, dim)
-    # The part of Y that is normal to X, from whichever of Y - X and Y + X is small and hence exact.
+    # The part of Y normal to X, from whichever of Y - X and Y + X is small and hence exact.
     normal = sphere_projection(x, torch.where(cosine < 0, y + x, y - x), dim)
     q = dot(normal, normal, dim)
     # q is the squared sine of an angle, so the switch to the series is no scale of the data.
@@ -151,41 +159,44 @@ def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
     series = 1.0 + small * (1 / 6 + small * (3 / 40 + small * (5 / 112 + small * (35 / 1152))))
     opposite = (q == 0) & (cosine < 0)
     sine = torch.where(near | opposite, 1.0, q).sqrt()
-    tangent = normal * torch.where(near, series, torch.atan2(sine, cosine) / sine)
-    return torch.where(opposite, math.pi * some_unit_tangent(x, dim), tangent)
+    log = normal * torch.where(near, series, torch.atan2(sine, cosine) / sine)
+    return torch.where(opposite, math.pi * _some_direction(x, dim), log)
 
 
-def some_unit_tangent(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the unit tangent at ``x`` next to the basis vector along which ``x`` has its smallest entry."""
-    if dim == MATRIX:
-        return some_unit_tangent(x.flatten(-2)[..., None], (-2,)).reshape(x.shape)
-    smallest = x.detach().abs().argmin(dim=-2, keepdim=True)
-    axis = torch.arange(x.shape[-2], device=x.device)[:, None] == smallest
-    return normalized(sphere_projection(x, axis, dim), dim)
+def _some_direction(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return a unit tangent at ``x``: of the first two axes the one that is farther from ``x``, projected."""
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    columns = slice(0, 1 if -1 in dim else None)
+    first[..., 0, columns] = 1.0
+    if x.shape[-2] > 1:
+        second[..., 1, columns] = 1.0
+    else:
+        second[..., 0, 1] = 1.0
+    axis = torch.where(dot(first, x, dim).abs() < 0.8, first, second)
+    return normalized(axis - x * dot(axis, x, dim), dim)
 
 
-def sphere_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the angle 2 atan(|Y - X| / |Y + X|) along ``dim``, accurate at 0 and at pi; its derivative at 0 is 0.
+# t^2 = q + q^2/12 + q^3/90 + ... for q = (2 sin(t/2))^2: the coefficients 2 / (k^2 binom(2k, k)). Ten terms are exact
+# to 1e-18 below q = 0.1.
+_SQUARED_ANGLE = tuple(2.0 / (k * k * math.comb(2 * k, k)) for k in range(1, 11))
 
-    Kahan, "How futile are mindless assessments of roundoff in floating-point computation?", 2006, section 12.
+
+def squared_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the squared angle between ``x`` and ``y`` along ``dim``, (2 atan2(|Y - X|, |Y + X|))^2.
+
+    Accurate for small angles and for those near pi alike; smooth at equal points, with the right derivatives.
     """
-    return 2.0 * torch.atan2(norm_along(y - x, dim), norm_along(y + x, dim))
-
-
-def sphere_squared_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the squared angle along ``dim``, smooth up to the antipode.
-
-    With the chord c = |Y - X| near 0 by the series t^2 = 4 asin(c/2)^2 = sum_n 2 c^(2n) / (n^2 binom(2n, n)).
-    """
-    q = dot(y - x, y - x, dim)
-    # A chord of two unit vectors has no scale; eight terms are exact in float64.
-    near = q < 0.01
+    apart, between = y - x, y + x
+    q = dot(apart, apart, dim)
+    near = q < 0.1
     small = torch.where(near, q, 0.0)
-    series = torch.zeros_like(q)
-    for n in range(8, 0, -1):
-        series = small * (series + 2 / (n * n * math.comb(2 * n, n)))
-    angle = 2.0 * torch.atan2(torch.where(near, 1.0, q).sqrt(), norm_along(y + x, dim))
-    return torch.where(near, series, angle.square())
+    series = torch.zeros_like(small)
+    for coefficient in reversed(_SQUARED_ANGLE):
+        series = small * (coefficient + series)
+    # Both lengths are away from 0 where the angle is large, but for the sum at the antipode.
+    chord = torch.where(near, 1.0, q).sqrt()
+    far = (2.0 * torch.atan2(chord, root(dot(between, between, dim)))).square()
+    return torch.where(near, series, far)
 
 
 def nearest_unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -253,16 +264,12 @@ class Sphere(Manifold):
         return great_circle(x, v.to(x.dtype), MATRIX)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the shortest tangent to ``y``; at the antipode one of them."""
+        """Return the shortest tangent to ``y``; at the antipode one of the shortest."""
         return sphere_log(x, y, MATRIX)
-
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the angle between ``x`` and ``y``."""
-        return sphere_angle(x, y, MATRIX)[..., 0, 0]
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the squared angle between ``x`` and ``y``."""
-        return sphere_squared_angle(x, y, MATRIX)[..., 0, 0]
+        return squared_angle(x, y, MATRIX)[..., 0, 0]
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return X / |X|; zero goes to the first basis matrix."""

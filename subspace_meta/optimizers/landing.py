@@ -104,11 +104,12 @@ class Landing:
         step = self.lr * (relative_gradient(x, euclidean_gradient, gram_matrix) + self.attraction * (x @ excess))
         # The root needs a derivative at an orthonormal X; a step with g^2 below 1e-12 is safe anyway.
         distance = (euclidean_inner(excess, excess) + torch.finfo(x.dtype).eps ** 2).sqrt()
-        squared = euclidean_inner(step, step).clamp(min=1e-12)
+        # In double: the square of a step of 1e20 overflows float32, and its safe part does not.
+        squared = euclidean_inner(step.double(), step.double()).clamp(min=1e-12)
         pull = self.lr * self.attraction * distance * (1.0 - distance)
         # Beyond epsilon there may be no root; then the step that comes closest is taken.
         discriminant = (pull.square() + squared * (self.epsilon - distance)).clamp(min=TINY)
-        safe = (pull + discriminant.sqrt()) / squared
+        safe = ((pull + discriminant.sqrt()) / squared).to(x.dtype)
         # The smaller one of lr and 1/(2 lambda), as a factor of lr.
         bound = 1.0 / (2.0 * self.attraction * self.lr * torch.ones_like(safe)).clamp(min=1.0)
         return x - torch.minimum(safe, bound)[..., None, None] * step

@@ -48,7 +48,7 @@ WIDTH = 1024
 
 
 class MatrixLSTMState(NamedTuple):
-    """Per group hidden and cell of the two layers, ``(2, ..., d, p)``; both networks read them."""
+    """Per group hidden and cell of the two layers, ``(..., 2, d, p)``; both networks read them."""
 
     hidden: tuple[Tensor, ...]
     cell: tuple[Tensor, ...]
@@ -64,17 +64,18 @@ def matrix_lstm(
             candidate, output; the same of ``layer1``; ``name.output`` (d, d).
         name: the network.
         x: ``(..., d, p)``.
-        hidden, cell: ``(2, ..., d, p)``.
+        hidden, cell: of both layers, ``(..., 2, d, p)``.
     """
     kept = []
-    for layer in range(2):
+    for layer, (hidden_before, cell_before) in enumerate(zip(hidden.unbind(-3), cell.unbind(-3), strict=True)):
         gates = weights[f"{name}.layer{layer}.input"] @ x[..., None, :, :]
-        gates = gates + weights[f"{name}.layer{layer}.hidden"] @ hidden[layer][..., None, :, :]
+        gates = gates + weights[f"{name}.layer{layer}.hidden"] @ hidden_before[..., None, :, :]
         enter, forget, candidate, leave = gates.unbind(-3)
-        memory = torch.sigmoid(forget) * cell[layer] + torch.sigmoid(enter) * torch.tanh(candidate)
+        memory = torch.sigmoid(forget) * cell_before + torch.sigmoid(enter) * torch.tanh(candidate)
         x = torch.sigmoid(leave) * torch.tanh(memory)
         kept.append((x, memory))
-    return weights[f"{name}.output"] @ x, torch.stack([h for h, _ in kept]), torch.stack([c for _, c in kept])
+    hiddens, cells = zip(*kept, strict=True)
+    return weights[f"{name}.output"] @ x, torch.stack(hiddens, dim=-3), torch.stack(cells, dim=-3)
 
 
 def normalized_product(a: Tensor, b: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class MatrixLSTM:
         """Return zero memory; parameters and weights must have one dtype."""
         check_start(self.geometry, params)
         check_weight_dtype(self.weights, params)
-        memory = tuple(x.new_zeros(2, *x.shape) for x in self.geometry.gather(params))
+        memory = tuple(x.new_zeros(*x.shape[:-2], 2, *x.shape[-2:]) for x in self.geometry.gather(params))
         return MatrixLSTMState(memory, tuple(map(torch.clone, memory)))
 
     def update(

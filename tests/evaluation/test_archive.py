@@ -65,6 +65,27 @@ def test_nothing_is_made_twice_and_other_code_is_stale(tmp_path, monkeypatch):
     assert code_hash(longer, RADAM) != code_hash(TASK, RADAM)
 
 
+def test_a_stale_cell_is_kept_if_its_numbers_hold(tmp_path):
+    cell = make_cell(TASK, RADAM)
+    stale = dataclasses.replace(cell, code="other")
+    assert archive.confirm(TASK, RADAM, stale) == dataclasses.replace(stale, code=cell.code)
+    # A value that decides is another, a bad rate has become the best, the horizon is another; a hopeless rate may vary.
+    best = stale.best(20)
+    for index, change, kept in ((best, 0.02, False), (best, 0.002, True), (-1, -9.0, False), (-1, 0.5, True)):
+        log_excess = stale.log_excess.clone()
+        log_excess[index, :, stale.checkpoints.index(20)] += change
+        confirmed = archive.confirm(TASK, RADAM, dataclasses.replace(stale, log_excess=log_excess))
+        assert (confirmed is not None) == kept, (index, change)
+    assert archive.confirm(dataclasses.replace(TASK, horizon=30), RADAM, stale) is None
+    save(TASK.row, {"RAdam": stale}, tmp_path)
+    ((_, _, made, confirmed),) = archive.regenerate([(TASK, RADAM)], folder=tmp_path)
+    assert confirmed
+    assert made.code == cell.code
+    assert missing([TASK], [RADAM], tmp_path) == []
+    ((_, _, made, confirmed),) = archive.regenerate([(TASK, RADAM)], folder=tmp_path, confirming=False)
+    assert not confirmed
+
+
 def test_the_hash_looks_at_meaning_only():
     plain = "def f(x):\n    return x + 1\n"
     commented = 'def f(x):\n    """Say."""\n    # why\n    return (x\n            + 1)\n'

@@ -23,7 +23,7 @@ def test_checks_pass(case, dtype):
     manifold, shape = case
     report = check_manifold(manifold, shape, dtype=dtype)
     assert report.passed
-    assert len(report.results) == 19
+    assert len(report.results) == 17
     if dtype == torch.float64:
         # What is exact in closed form is exact to a few roundings, well below what the checks allow a user.
         sharp = [

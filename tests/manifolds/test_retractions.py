@@ -139,17 +139,15 @@ class TestPolarPlan:
 
 
 LIMITED = [
-    (Stiefel(CholeskyQR()), 7.0),
-    (Stiefel(HouseholderQR()), 7.0),
+    (Stiefel(CholeskyQR()), 10.0),
     (Stiefel(CholeskyQR(3.0)), 3.0),
     (Grassmann(PolarNewtonSchulz()), 2.0),
     (Rotations(PolarNewtonSchulz(1.0)), 1.0),
+    (Stiefel(HouseholderQR()), 10.0),
     (Stiefel(Cayley()), 10.0),
     (Grassmann(Cayley()), 2.0),
     (Stiefel(Geodesic()), math.pi),
-    (Stiefel(Geodesic("canonical")), math.sqrt(0.75) * math.pi),
     (Grassmann(Geodesic("canonical", 2.0)), math.pi / 2),
-    (Grassmann(Geodesic("canonical", 1.0)), 1.0),
     (Rotations(Geodesic(max_norm=3.0)), 3.0),
     (Sphere(SphereExponential()), math.pi),
     (Sphere(SphereExponential(1.0)), 1.0),
@@ -299,10 +297,3 @@ def test_oblique_bounds_each_column_on_its_own():
 def test_unknown_geodesics_are_refused():
     with pytest.raises(ValueError, match="metric"):
         Geodesic("euclidean")
-
-
-@pytest.mark.parametrize("family", [lambda bound: Geodesic(max_norm=bound), SphereExponential])
-@pytest.mark.parametrize("bound", [0.0, math.nan, 3.15])
-def test_bounds_beyond_half_a_turn_are_refused(family, bound):
-    with pytest.raises(ValueError, match="max_norm must be in"):
-        family(bound)

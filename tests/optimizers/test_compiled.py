@@ -6,7 +6,7 @@ behind the marker ``slow``.
 
 import pytest
 import torch
-from making import OPTIMIZERS, largest_difference, make_optimizer, normal, start
+from making import OPTIMIZERS, PARAMETER_FREE_OPTIMIZERS, largest_difference, make_optimizer, normal, start
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import subspace_meta as sm
@@ -35,7 +35,8 @@ def compare(name: str, backend: str, shapes: dict[str, tuple[int, ...]]) -> None
         def loss(params):
             return sum((params[k] - target[k] - noise[k]).square().sum() for k in params)
 
-        return optimizer.update(torch.func.grad(loss)(params), state, params)
+        grads, value = torch.func.grad_and_value(loss)(params)
+        return optimizer.update(grads, state, params, value)
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -55,7 +56,7 @@ def compare(name: str, backend: str, shapes: dict[str, tuple[int, ...]]) -> None
     assert min(float((ends[1][k] - begin[k]).abs().max()) for k in begin) > 1e-3, "nothing moved"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *PARAMETER_FREE_OPTIMIZERS])
 def test_traced_equals_eager(name):
     compare(name, "aot_eager", SHAPES)
 
@@ -66,7 +67,7 @@ def test_compiled_equals_eager():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *PARAMETER_FREE_OPTIMIZERS])
 def test_every_optimizer_compiled_equals_eager(name):
     compare(name, "inductor", SHAPES)
 

@@ -13,6 +13,9 @@ MAKERS = [
     lambda geometry: sm.RAdam(geometry, 0.1),
     lambda geometry: sm.RASA(geometry, 0.1),
     lambda geometry: sm.CRMSProp(geometry, 0.1),
+    lambda geometry: sm.RDoG(geometry),
+    lambda geometry: sm.RAdaGD(geometry),
+    lambda geometry: sm.RAdGD(geometry),
     lambda geometry: sm.MatrixLSTM(geometry, sm.MatrixLSTM.init_weights(geometry)),
     lambda geometry: sm.SubspaceOptimizer(geometry, sm.pretrained()),
 ]
@@ -37,7 +40,7 @@ def test_gradients_that_do_not_fit(make, grads, message):
     geometry, params = problem()
     optimizer = make(geometry)
     with pytest.raises(ValueError, match=message):
-        optimizer.update(grads, optimizer.init(params), params)
+        optimizer.update(grads, optimizer.init(params), params, torch.tensor(1.0))
 
 
 def orthonormal_problem():
@@ -53,6 +56,8 @@ def orthonormal_problem():
         lambda geometry: sm.POGO(geometry, 0.1),
         lambda geometry: sm.RSDM(geometry, 0.1, size=2),
         lambda geometry: sm.SPEL(geometry, 0.1),
+        lambda geometry: sm.ManifoldMuon(geometry, 0.1),
+        lambda geometry: sm.IntrinsicMuon(geometry, 0.1),
     ],
 )
 def test_gradients_that_do_not_fit_the_orthonormal_methods(make):
@@ -62,7 +67,11 @@ def test_gradients_that_do_not_fit_the_orthonormal_methods(make):
         optimizer.update({"w": torch.ones(2, 6), "b": torch.ones(3)}, optimizer.init(params), params)
 
 
-@pytest.mark.parametrize("kind", [sm.RSGD, sm.RAdam, sm.RASA, sm.CRMSProp, sm.Landing, sm.POGO, sm.SPEL])
+HAND_MADE = [sm.RSGD, sm.RAdam, sm.RASA, sm.CRMSProp, sm.Landing, sm.POGO, sm.SPEL, sm.ManifoldMuon, sm.IntrinsicMuon]
+HAND_MADE += [sm.RDoG, sm.RAdaGD, sm.RAdGD]
+
+
+@pytest.mark.parametrize("kind", HAND_MADE)
 @pytest.mark.parametrize("lr", [-0.1, math.nan, math.inf])
 def test_impossible_learning_rates(kind, lr):
     with pytest.raises(ValueError, match=f"the learning rate must be finite and not negative, got {lr}"):

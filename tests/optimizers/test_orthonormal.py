@@ -268,7 +268,7 @@ def test_pogo_leaves_by_a_fourth_power():
     assert distances[0] / distances[1] == pytest.approx(16.0, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["RSDM permutation", "RSDM orthogonal", "SPEL"])
+@pytest.mark.parametrize("name", [name for name in ORTHONORMAL_OPTIMIZERS if name not in INFEASIBLE_OPTIMIZERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_feasible_methods_stay_on_the_manifold(name, dtype):
     for shape in ((24, 6), (3, 3), (5, 4)):
@@ -309,7 +309,8 @@ def test_compiled_by_inductor_equals_eager(name):
             }
             params, state = update(grads, state, params)
         ends.append(params)
-    assert largest_difference(*ends) <= 1e-5
+    # The skew and the normal block at "c" have rank 2: msign amplifies what rounding leaves in the third direction.
+    assert largest_difference(*ends) <= (1e-4 if "intrinsic" in name else 1e-5)
 
 
 def test_it_may_be_made_inside_the_compiled_function():
@@ -318,9 +319,12 @@ def test_it_may_be_made_inside_the_compiled_function():
     for name in ORTHONORMAL_OPTIMIZERS:
 
         def step(params, lr, name=name):
-            kinds = {"Landing": sm.Landing, "POGO": sm.POGO, "SPEL": sm.SPEL}
+            kinds = {"Landing": sm.Landing, "POGO": sm.POGO, "SPEL": sm.SPEL, "intrinsic": sm.IntrinsicMuon}
             kind = kinds.get(name.split()[0])
-            optimizer = kind(geometry, lr) if kind else sm.RSDM(geometry, lr, size=3)
+            if name.startswith("manifold"):
+                optimizer = sm.ManifoldMuon(geometry, lr, iterations=3)
+            else:
+                optimizer = kind(geometry, lr) if kind else sm.RSDM(geometry, lr, size=3)
             return optimizer.update(grads, optimizer.init(params), params)[0]
 
         torch._dynamo.reset()
@@ -370,9 +374,11 @@ def test_seeds_make_tasks_of_a_vmap_different():
 
     together = torch.func.vmap(moved)(torch.arange(4))
     for seed in range(4):
-        assert torch.equal(together[seed], moved(torch.tensor(seed)))
+        # A batched product rounds otherwise than a single one; another draw of rows would be far away.
+        by_state = moved(torch.tensor(seed))
+        torch.testing.assert_close(together[seed], by_state, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
         alone = sm.RSDM(geometry, 0.3, size=3, seed=seed)
-        assert torch.equal(together[seed], alone.update(grads, alone.init(params), params)[0]["x"])
+        assert torch.equal(by_state, alone.update(grads, alone.init(params), params)[0]["x"])
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
@@ -381,6 +387,7 @@ MAKERS = {
     "POGO": lambda geometry: sm.POGO(geometry, 0.1),
     "RSDM": lambda geometry: sm.RSDM(geometry, 0.1, size=2),
     "SPEL": lambda geometry: sm.SPEL(geometry, 0.1),
+    "manifold Muon": lambda geometry: sm.ManifoldMuon(geometry, 0.1),
 }
 
 

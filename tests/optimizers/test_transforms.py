@@ -7,6 +7,7 @@ import torch
 from making import (
     OPTIMIZERS,
     ORTHONORMAL_OPTIMIZERS,
+    PARAMETER_FREE_OPTIMIZERS,
     largest_difference,
     lively_weights,
     make_optimizer,
@@ -21,7 +22,10 @@ import subspace_meta as sm
 SHAPES = {"a": (6, 2), "b": (6, 2), "c": (5, 3), "bias": (4,)}
 RULES = {"a": sm.Stiefel(), "b": sm.Stiefel(), "c": sm.Grassmann()}
 
-ALL = (*OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS)
+ALL = (*OPTIMIZERS, *PARAMETER_FREE_OPTIMIZERS, *ORTHONORMAL_OPTIMIZERS)
+# They take the distance from the start for a constant, but it follows from the gradients of earlier steps.
+FROZEN_DISTANCE = ("RDoG", "RDoWG", "NRDoG")
+LOSS = torch.tensor(1.0, dtype=torch.float64)
 
 optimizers = pytest.mark.parametrize("name", ALL)
 
@@ -45,7 +49,7 @@ def prepared(name, dtype=torch.float64, steps=2):
     optimizer = make_optimizer(name, geometry, dtype)
     state = optimizer.init(params)
     for t in range(steps):
-        params, state = optimizer.update(gradients(params, t), state, params)
+        params, state = optimizer.update(gradients(params, t), state, params, LOSS)
     return optimizer, params, state
 
 
@@ -55,17 +59,17 @@ def test_inputs_are_unchanged(name):
     grads = gradients(params, 5)
     inputs = (grads, state, params, getattr(optimizer, "weights", {}))
     before = pytree.tree_map(torch.clone, inputs)
-    results = optimizer.update(grads, state, params)
+    results = optimizer.update(grads, state, params, LOSS)
     for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(inputs), strict=True):
         assert torch.equal(a, b)
-    assert largest_difference(optimizer.update(grads, state, params)[0], results[0]) == 0.0
+    assert largest_difference(optimizer.update(grads, state, params, LOSS)[0], results[0]) == 0.0
 
 
 @optimizers
 def test_types_are_kept(name):
     for dtype in (torch.float32, torch.float64):
         optimizer, params, state = prepared(name, dtype, steps=1)
-        moved, state2 = optimizer.update(gradients(params), state, params)
+        moved, state2 = optimizer.update(gradients(params), state, params, LOSS)
         assert dtypes((moved, state2)) == {dtype}
         for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(state2), strict=True):
             assert a.shape == b.shape
@@ -82,8 +86,8 @@ def test_short_gradients_are_accepted(name):
     for short in (torch.bfloat16, torch.float16):
         optimizer, params, state = prepared(name, torch.float32)
         grads = {k: v.to(short) for k, v in gradients(params).items()}
-        moved, state2 = optimizer.update(grads, state, params)
-        same, _ = optimizer.update({k: v.float() for k, v in grads.items()}, state, params)
+        moved, state2 = optimizer.update(grads, state, params, LOSS)
+        same, _ = optimizer.update({k: v.float() for k, v in grads.items()}, state, params, LOSS)
         assert largest_difference(moved, same) == 0.0
         assert dtypes((moved, state2)) == {torch.float32}
 
@@ -97,8 +101,8 @@ def test_vmap_is_a_loop(name):
     grads = {k: normal(tasks, *v.shape[1:], seed=i) for i, (k, v) in enumerate(params.items())}
 
     def two_steps(params, grads):
-        params, state = optimizer.update(grads, optimizer.init(params), params)
-        return optimizer.update(grads, state, params)[0]
+        params, state = optimizer.update(grads, optimizer.init(params), params, LOSS)
+        return optimizer.update(grads, state, params, LOSS)[0]
 
     together = vmap(two_steps)(params, grads)
     for i in range(tasks):
@@ -110,8 +114,8 @@ def scalar_of(optimizer, params, state):
     """Return a scalar function of the gradients: a smooth function of the parameters two steps later."""
 
     def function(grads):
-        p, s = optimizer.update(grads, state, params)
-        p, _ = optimizer.update({k: torch.sin(v) for k, v in grads.items()}, s, p)
+        p, s = optimizer.update(grads, state, params, LOSS)
+        p, _ = optimizer.update({k: torch.sin(v) for k, v in grads.items()}, s, p, LOSS)
         return sum((torch.cos(v) * normal(*v.shape, seed=77)).sum() for v in p.values())
 
     return function
@@ -125,6 +129,8 @@ def test_reverse_and_forward_derivatives_and_differences_agree(name):
     reverse = sum((v * direction[k]).sum() for k, v in grad(function)(grads).items())
     forward = jvp(function, (grads,), (direction,))[1]
     assert reverse == pytest.approx(float(forward), rel=1e-10)
+    if name in FROZEN_DISTANCE:
+        return
     h = 1e-6
     ends = [float(function({k: v + s * h * direction[k] for k, v in grads.items()})) for s in (1, -1)]
     assert float(reverse) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-6, abs=1e-8)
@@ -162,7 +168,7 @@ def test_the_learning_rate_may_be_a_tensor(name):
 
     def moved(lr):
         optimizer = dataclasses.replace(made, lr=lr)
-        return optimizer.update(grads, optimizer.init(params), params)[0]
+        return optimizer.update(grads, optimizer.init(params), params, LOSS)[0]
 
     rate = torch.tensor(0.03, dtype=torch.float64)
     assert largest_difference(moved(rate), moved(0.03)) < 1e-15
@@ -186,8 +192,8 @@ def test_second_derivatives_at_a_zero_gradient_are_finite():
             optimizer = make_optimizer(name, geometry, dtype)
 
             def function(g, optimizer=optimizer, params=params):
-                moved, state = optimizer.update({"x": g}, optimizer.init(params), params)
-                return optimizer.update({"x": g}, state, moved)[0]["x"].sum()
+                moved, state = optimizer.update({"x": g}, optimizer.init(params), params, LOSS)
+                return optimizer.update({"x": g}, state, moved, LOSS)[0]["x"].sum()
 
             result = grad(function)(torch.zeros_like(params["x"]))
             assert torch.isfinite(result).all(), name
@@ -231,9 +237,12 @@ def test_numbers_that_are_not_finite_propagate(name):
     optimizer, params, state = prepared(name)
     grads = gradients(params)
     grads["c"] = grads["c"] * float("nan")
-    moved, _ = optimizer.update(grads, state, params)
+    moved, _ = optimizer.update(grads, state, params, LOSS)
     if name == "RSDM permutation":  # moves three of five rows
         assert moved["c"].isnan().all(dim=1).sum() == 3
     else:
         assert moved["c"].isnan().all()
+    if name in FROZEN_DISTANCE:
+        assert all(moved[k].isnan().all() for k in moved), "the gradients' common norm is in every step"
+        return
     assert all(torch.isfinite(moved[k]).all() for k in ("a", "b", "bias")), "a NaN stays in its own matrix"

@@ -297,7 +297,10 @@ def test_spd_retraction(n, size, seed):
         y = retraction(m, v)
         assert torch.equal(y, y.mT)
         assert float(torch.linalg.eigvalsh(y)[0]) > 0.0
-    # The formula itself, where the step is not shortened.
+    # The formula itself, where the step is not shortened: no eigenvalue of M^-1 V is below -1.
+    lowest = float(torch.linalg.eigvals(torch.linalg.solve(m, v)).real.min())
+    v = v / max(1.0, -1.001 * lowest)
+    expected, y = m + v + 0.5 * v @ torch.linalg.solve(m, v), SPDSecondOrder(max_norm=1e6)(m, v)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 

@@ -1,0 +1,71 @@
+"""The shell with the learned optimizer inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from subspace_meta.adapter.network import Weights
+from subspace_meta.geometry import Geometry
+from subspace_meta.optim.shell import Others, Riemannian, Rules
+from subspace_meta.optimizers.subspace import Adapter, SubspaceOptimizer
+from subspace_meta.weights import pretrained
+
+
+@dataclass(frozen=True)
+class MakeLearned:
+    """Makes the learned optimizer with the weights on the device and of the dtype of the parameters."""
+
+    weights: Weights
+    preset: str | Adapter
+
+    name = "the learned optimizer"
+    rate_is_a_factor = True
+
+    def __call__(self, geometry: Geometry, like: Tensor, **options: Any) -> SubspaceOptimizer:
+        """Make it."""
+        weights = {name: value.to(like) for name, value in self.weights.items()}
+        return SubspaceOptimizer(geometry, weights, self.preset, **options)
+
+
+class SubspaceMeta(Riemannian):
+    """The learned optimizer as a torch optimizer: no learning rate to choose.
+
+    Args:
+        params, rules, others, project, check_gradients, non_finite: see :class:`Riemannian`.
+        lr: a factor of the learned steps, for schedulers; a parameter group's own one is one of its other parameters'
+            rate, too.
+        weights: the meta-parameters; ``None``: those that ship with the preset.
+        preset: what the weights belong to; see ``SubspaceOptimizer``.
+        guarded: see ``SubspaceOptimizer``; needs the loss, ``step(closure)`` or ``step(loss=loss)``.
+
+    Raises:
+        ValueError: see :class:`Riemannian`; or the weights are not the preset's.
+    """
+
+    def __init__(
+        self,
+        params: Module | Iterable[Any],
+        rules: Rules | None = None,
+        lr: float | Tensor = 1.0,
+        *,
+        weights: Weights | None = None,
+        preset: str | Adapter = "base",
+        guarded: bool = False,
+        others: Others | None = torch.optim.AdamW,
+        project: bool = True,
+        check_gradients: bool = True,
+        non_finite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if weights is None:
+            if not isinstance(preset, str):
+                raise ValueError("an adapter with settings of its own needs its weights")
+            weights = pretrained(preset)
+        make = MakeLearned(dict(weights), preset)
+        settings = {"lr": lr, "guarded": guarded}
+        self._set_up(params, rules, make, settings, others, project, check_gradients, non_finite)
