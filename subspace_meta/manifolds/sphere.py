@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta._tracing import known_true
-from subspace_meta.manifolds.base import Manifold, embedded_inner, root, without_rounding
+from subspace_meta.manifolds.base import Manifold, embedded_inner, root, values_at_hand, without_rounding
 
 MATRIX = (-2, -1)
 
@@ -125,25 +125,34 @@ def sphere_projection(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - 2 <S, V> S / |S|^2, S = X + Y.
+    """Carry the tangent ``v`` along the shortest great circle to ``y``: V - <Y, V> (X + Y) / (1 + <X, Y>).
 
-    A reflection, which sends X to -Y: isometric to rounding however near to the antipode ``y`` is. At Y = -X the circle
-    is not unique, and V stays as it is: it is tangent there.
+    Isometric to rounding up to the antipode, where 1 + <X, Y> cancels: with D = X - Y and the part S of X + Y normal to
+    D it is the reflection V - 2 <S, V> S / |S|^2. The circle is not unique for Y = -X; there ``v`` stays, one limit.
     """
     v = v.to(x.dtype)
-    between = x + y
-    squared = dot(between, between, dim)
-    opposite = squared == 0
-    return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))
+    total = x + y
+    if values_at_hand(x, y):
+        opening = 1.0 + dot(x, y, dim)
+        # Far from 0, where dividing by it loses nothing.
+        if bool((opening > 0.5).all()):
+            return v - total * (dot(y, v, dim) / opening)
+    across = x - y
+    # |X| and |Y| differ by rounding, which X + Y may be no larger than.
+    middle = total - across * (dot(across, total, dim) / dot(across, across, dim).clamp(min=torch.finfo(x.dtype).tiny))
+    v = sphere_projection(x, v, dim)
+    # The smallest normal numbers stand for 0 / 0 at Y = X and at Y = -X.
+    squared = dot(middle, middle, dim).clamp(min=torch.finfo(x.dtype).tiny)
+    return v - middle * (2.0 * dot(middle, v, dim) / squared)
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X. At Y = -X: one of the shortest."""
-    # |Y - X|^2 = 2 - 2 cos t: the part along X, without the rounding error of 1 - cos t.
-    apart = y - x
-    normal = apart + x * (0.5 * dot(apart, apart, dim))
-    q = dot(normal, normal, dim)
     cosine = dot(x, y, dim)
+    # The part of Y normal to X, from whichever of Y - X and Y + X is small and hence exact.
+    normal = sphere_projection(x, torch.where(cosine < 0, y + x, y - x), dim)
+    q = dot(normal, normal, dim)
+    # q is the squared sine of an angle, so the switch to the series is no scale of the data.
     near = (q < 1e-4) & (cosine > 0)
     small = torch.where(near, q, 0.0)
     # asin(s)/s = 1 + q/6 + 3q^2/40 + 5q^3/112 + 35q^4/1152 + ..., q = s^2.
