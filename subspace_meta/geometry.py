@@ -9,14 +9,27 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from subspace_meta.manifolds import Euclidean, Manifold
+from subspace_meta.manifolds import (
+    SPD,
+    Euclidean,
+    Grassmann,
+    Manifold,
+    Oblique,
+    Orthogonal,
+    Rotations,
+    Sphere,
+    Stiefel,
+    StiefelCanonical,
+)
 
 Params = dict[str, Tensor]
 
@@ -24,13 +37,18 @@ Params = dict[str, Tensor]
 # and out of the stack cost as much as the saved calls.
 GROUPING_LIMIT = 32_768
 
+# How wide matrices, and batches of them, are seen where no view is given.
+TRANSPOSED = ("row column -> column row", "b row column -> b column row")
+STACKED = "stacked"
+
 
 @dataclass(frozen=True)
 class MatrixView:
     """How a parameter is seen as a matrix ``(..., d, p)``: an einops pattern and its inverse.
 
     ``pattern`` is ``"parameter axes -> matrix axes"``; ``sizes`` gives the axes that einops cannot infer. An empty
-    pattern is the identity.
+    pattern, ``MatrixView()``, is the identity. :meth:`Geometry.summary` takes its words from the axes on the right, the
+    last of which counts the columns: ``"token feature -> feature token"`` is printed as so many tokens.
     """
 
     pattern: str = ""
@@ -39,7 +57,7 @@ class MatrixView:
     @classmethod
     def heads(cls, n_heads: int) -> MatrixView:
         """See a projection weight ``(n_heads * head_dim, model)`` as ``n_heads`` tall blocks ``(model, head_dim)``."""
-        return cls("(h k) m -> h m k", (("h", n_heads),))
+        return cls("(head output) input -> head input output", (("head", n_heads),))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """See a parameter as a matrix."""
@@ -57,14 +75,15 @@ class MatrixView:
         if not self.pattern:
             return self
         left, right = self.pattern.split("->")
-        return MatrixView(f"stacked0 {left}-> stacked0 {right}", self.sizes)
+        return MatrixView(f"{STACKED}0 {left}-> {STACKED}0 {right}", self.sizes)
 
 
 def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     """Choose the matrix view of a parameter by its number of dimensions.
 
-    0 and 1: one column. 2: the matrix itself. 3: a batch of matrices. 4 and 5: a convolution, ``out x (in * kernel)``.
-    On a constrained manifold a wide matrix is transposed, so that it is tall.
+    0 and 1: one column. 2: the matrix itself. 3: a batch of matrices, also if it is the weight of a one-dimensional
+    convolution (``rules_for`` knows modules). 4 and 5: a convolution, ``out x (in * kernel)``. On a constrained
+    manifold a wide matrix is transposed, so that it is tall.
     """
     if len(shape) == 0:
         return MatrixView("-> 1 1")
@@ -73,15 +92,33 @@ def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     constrained = not isinstance(manifold, Euclidean)
     if len(shape) <= 3:
         wide = constrained and shape[-2] < shape[-1]
-        leading = "b " * (len(shape) - 2)
-        return MatrixView(f"{leading}p d -> {leading}d p") if wide else MatrixView()
+        return MatrixView(TRANSPOSED[len(shape) - 2]) if wide else MatrixView()
     if len(shape) > 5:
         raise ValueError(f"no matrix view is known for {len(shape)} dimensions; give Rule(..., view=MatrixView(...))")
-    kernel = [f"k{axis}" for axis in range(len(shape) - 2)]
-    sizes = (("i", shape[1]), *zip(kernel, shape[2:], strict=True))
-    fan_in = f"(i {' '.join(kernel)})"
-    tall = f"{fan_in} o" if constrained and shape[0] < math.prod(shape[1:]) else f"o {fan_in}"
-    return MatrixView(f"o i {' '.join(kernel)} -> {tall}", sizes)
+    taps = [f"tap{axis}" for axis in range(len(shape) - 2)]
+    sizes = (("input", shape[1]), *zip(taps, shape[2:], strict=True))
+    fan_in = f"(input {' '.join(taps)})"
+    tall = f"{fan_in} filter" if constrained and shape[0] < math.prod(shape[1:]) else f"filter {fan_in}"
+    return MatrixView(f"filter input {' '.join(taps)} -> {tall}", sizes)
+
+
+def in_words(view: MatrixView, matrix_shape: Sequence[int]) -> str:
+    """Say what the columns of a matrix are, after the axes of its view: "4 heads x 8 outputs of 32"."""
+    sizes = list(matrix_shape)
+    axes = re.findall(r"\([^)]*\)|[^\s()]+", view.pattern.split("->")[-1])
+    if len(axes) != len(sizes):  # no pattern, or one with an ellipsis
+        axes = [""] * len(sizes)
+    if axes[-1] == "1" and len(axes) > 2:  # a batch of single vectors, which its axes name
+        axes, sizes = [*axes[:-3], axes[-2], axes[-3]], [*sizes[:-3], sizes[-2], sizes[-3]]
+    counted = [_counted(size, axis) for size, axis in zip(sizes[:-2], axes[:-2], strict=True)]
+    return f"{' x '.join((*counted, _counted(sizes[-1], axes[-1], 'column')))} of {sizes[-2]}"
+
+
+def _counted(size: int, axes: str, otherwise: str = "") -> str:
+    """Return a number with the last word among the axes, without digits; letters are none."""
+    words = [word.strip("0123456789") for word in re.findall(r"\w+", axes)]
+    noun = next((word for word in reversed(words) if len(word) > 2 and word != STACKED), otherwise)
+    return f"{size} {noun}{'s' if noun and size != 1 else ''}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -101,6 +138,42 @@ class ParameterGeometry:
     manifold: Manifold
     view: MatrixView
     matrix_shape: tuple[int, ...]
+
+    @property
+    def constraint(self) -> str:
+        """What holds, in words: "orthonormal: 8 filters of 75"; empty for Euclidean space."""
+        manifold, matrix = self.manifold, _times(self.matrix_shape)
+        if isinstance(manifold, Euclidean):
+            return ""
+        if isinstance(manifold, SPD):
+            return f"positive definite: {matrix}"
+        if isinstance(manifold, Sphere) and self.matrix_shape[-1] > 1:
+            return f"unit norm: {matrix}"
+        words = in_words(self.view, self.matrix_shape)
+        if isinstance(manifold, Orthogonal | Rotations):
+            return f"orthogonal: {words}"
+        if isinstance(manifold, Stiefel | StiefelCanonical | Grassmann):
+            return f"orthonormal: {words}"
+        return f"unit: {words}" if isinstance(manifold, Oblique | Sphere) else words
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the matrix is the transposed parameter, because no view was given and wide matrices are."""
+        return self.view.pattern in TRANSPOSED
+
+    def _seen(self) -> str:
+        """Say as what the parameter is seen, where that is not itself, and how to have it otherwise."""
+        if not self.view.pattern:
+            return ""
+        seen = f"; it is seen as {_times(self.matrix_shape)}"
+        if not self.transposed:
+            return f"{seen}, {self.constraint}"
+        seen = f"{seen} (transposed, since wide matrices are: its rows are the columns)"
+        try:
+            self.manifold.check_shape(self.shape)
+        except ValueError:
+            return seen
+        return f"{seen}; if its columns are meant, give Rule({type(self.manifold).__name__}(), MatrixView())"
 
 
 @dataclass(frozen=True)
@@ -131,28 +204,40 @@ class Geometry:
         Args:
             params: named parameters; only names and shapes are used.
             rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts; without one the
-                parameter is Euclidean.
+                parameter is Euclidean. A pattern that is a parameter's name means that one, brackets or not.
+                :func:`~subspace_meta.rules_for` makes rules from types of modules.
 
         Raises:
-            ValueError: there are no parameters, a pattern matches none of them, or a shape cannot carry its manifold.
+            ValueError: there are no parameters, a pattern matches none of them, a shape cannot carry its manifold, or
+                a lazy module has no shapes yet.
         """
         if not params:
             raise ValueError("there are no parameters; give a dict of named tensors, dict(model.named_parameters())")
         rules = dict(rules or {})
+        first: dict[str, Manifold | Rule] = {}
         for pattern, rule in rules.items():
             if not isinstance(rule, Manifold | Rule):
                 raise ValueError(f"rule {pattern!r} is {rule!r}, which is no manifold; write for instance Stiefel()")
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in params):
-                raise ValueError(f"rule {pattern!r} matches no parameter; the names are {', '.join(params) or 'none'}")
+            matching = [pattern] if pattern in params else [n for n in params if fnmatch.fnmatchcase(n, pattern)]
+            if not matching:
+                brackets = "; brackets stand for one of the letters in them, glob.escape(...) for themselves"
+                raise ValueError(
+                    f"rule {pattern!r} matches no parameter; the names are {', '.join(params)}"
+                    f"{brackets if '[' in pattern else ''}"
+                )
+            for name in matching:
+                first.setdefault(name, rule)
         parameters = []
         for name, tensor in params.items():
-            chosen = next((rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)), Euclidean())
+            chosen = first.get(name, Euclidean())
             rule = chosen if isinstance(chosen, Rule) else Rule(chosen)
+            if is_lazy(tensor):
+                raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: call the model once first")
             shape = tuple(tensor.shape)
             if 0 in shape:
                 raise ValueError(f"parameter {name!r} of shape {shape} has no entries; leave it out")
             try:
-                view = rule.view or default_view(shape, rule.manifold)
+                view = default_view(shape, rule.manifold) if rule.view is None else rule.view
                 matrix_shape = tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)
                 rule.manifold.check_shape(matrix_shape)
             except Exception as error:  # einops raises its own class; the user needs the parameter's name with it
@@ -216,10 +301,11 @@ class Geometry:
         """Raise ``ValueError`` naming the first parameter that is off its manifold, or not finite."""
         for name, violation in self.violation(params).items():
             if not violation <= tolerance:
-                manifold = next(p.manifold for p in self.parameters if p.name == name)
+                parameter = next(p for p in self.parameters if p.name == name)
                 raise ValueError(
-                    f"parameter {name!r} is not on {manifold.name}: constraint violation {violation:.2e} is above "
-                    f"{tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...)"
+                    f"parameter {name!r} is not on {parameter.manifold.name}: constraint violation {violation:.2e} is "
+                    f"above {tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...)"
+                    f"{parameter._seen()}"
                 )
 
     def check_gradients(self, grads: Mapping[str, Tensor]) -> None:
@@ -285,25 +371,31 @@ class Geometry:
         }
 
     def summary(self) -> str:
-        """Return a table: parameter, shape, manifold, matrix, dimension."""
-        header = ("parameter", "shape", "manifold", "matrix", "dimension")
+        """Return a table: parameter, shape, manifold, matrix, dimension, and in words what is orthonormal or unit."""
+        header = ("parameter", "shape", "manifold", "matrix", "dimension", "constraint")
         rows = [
             (
                 p.name,
-                " x ".join(map(str, p.shape)) or "scalar",
+                _times(p.shape) or "scalar",
                 p.manifold.name,
-                " x ".join(map(str, p.matrix_shape)),
+                _times(p.matrix_shape),
                 f"{p.manifold.dimension(p.matrix_shape):,}",
+                p.constraint,
             )
             for p in self.parameters
         ]
         total = sum(p.manifold.dimension(p.matrix_shape) for p in self.parameters)
-        rows.append((f"{len(self.parameters)} parameters in {len(self.groups)} groups", "", "", "", f"{total:,}"))
+        rows.append((f"{len(self.parameters)} parameters in {len(self.groups)} groups", "", "", "", f"{total:,}", ""))
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
         ]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _times(shape: Sequence[int]) -> str:
+    """Return "6 x 2"."""
+    return " x ".join(map(str, shape))
 
 
 def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:
