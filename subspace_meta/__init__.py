@@ -53,6 +53,7 @@ from subspace_meta.optimizers import (
     SubspaceOptimizer,
 )
 from subspace_meta.optimizers.subspace import PRESETS
+from subspace_meta.rules import Per, rules_for
 from subspace_meta.weights import pretrained
 
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "Optimizer",
     "Orthogonal",
     "OrthonormalRetraction",
+    "Per",
     "PolarNewtonSchulz",
     "Product",
     "RAdGD",
@@ -104,5 +106,6 @@ __all__ = [
     "check_manifold",
     "load_weights",
     "pretrained",
+    "rules_for",
     "save_weights",
 ]

@@ -72,7 +72,7 @@ def test_imports_go_one_way():
     layers = [
         {"_version", "_tracing"},
         {"manifolds"},
-        {"geometry", "adapter"},
+        {"geometry", "rules", "adapter"},
         {"optimizers", "checkpoint", "weights", "reference"},
         {"optim"},
         {"tasks", "meta"},

@@ -1,0 +1,375 @@
+"""Rules by module type, with the side that is orthonormal or of unit length in words.
+
+A weight is a linear map, and its vectors can be taken per output, per input, per token, and so on. :func:`rules_for`
+knows how the layers of ``torch.nn`` store their weights, and gives each one the :class:`~subspace_meta.MatrixView`
+whose columns are the vectors that are asked for. What it returns is an ordinary dict for ``Geometry.from_rules``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from subspace_meta.geometry import MatrixView, ParameterGeometry, Rule, in_words
+from subspace_meta.manifolds import (
+    SPD,
+    Grassmann,
+    Manifold,
+    Oblique,
+    Orthogonal,
+    Rotations,
+    Sphere,
+    Stiefel,
+    StiefelCanonical,
+)
+
+SIDES = ("output", "input", "tap", "token", "feature", "head")
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
+KNOWN = (nn.Linear, _ConvNd, *EMBEDDING, nn.MultiheadAttention, *RECURRENT)
+
+
+@dataclass(frozen=True)
+class Per:
+    """A manifold, and what each of its vectors belongs to: ``Per("output", Oblique())`` is a unit vector per output.
+
+    Args:
+        side: "output" (a row of a linear layer, a filter of a convolution), "input" (a column; of a convolution all
+            that one input channel meets), "tap" (of a convolution: what one place of the kernel on one input channel
+            gives to the outputs), "token" and "feature" (a row and a column of an embedding), "head" (the dimensions of
+            one head, a matrix for each).
+        manifold: of the matrix whose columns are these vectors. On a ``Sphere`` each vector is a point, or each head.
+        heads: how many heads a ``Linear`` has; ``MultiheadAttention`` knows.
+
+    Raises:
+        ValueError: there is no such side, ``manifold`` is none, or ``heads`` is below 1 or given for another side.
+    """
+
+    side: str
+    manifold: Manifold
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.side not in SIDES:
+            raise ValueError(f"there is no side {self.side!r}; the sides are {', '.join(SIDES)}")
+        if not isinstance(self.manifold, Manifold):
+            raise ValueError(f"{self.manifold!r} is no manifold; write for instance Per({self.side!r}, Stiefel())")
+        if self.heads is not None and (self.side != "head" or self.heads < 1):
+            raise ValueError(f"heads={self.heads} on the side {self.side!r}: only 'head' has heads, one or more")
+
+
+Layers = Mapping[type[nn.Module] | str, Manifold | Per | None]
+Axes = tuple[str, str, str]  # of the batch, of a vector, and those that count the vectors
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """How a module stores a weight: its name there, its axes and their sizes, and the matrix of every side.
+
+    Sides stand in the order in which they are tried where none is asked for.
+    """
+
+    name: str
+    axes: str
+    sizes: dict[str, int]
+    sides: dict[str, Axes]
+    zero_token: int | None = None
+    recurrent: bool = False
+
+
+def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
+    """Return rules for the weights of a model's layers, by their types.
+
+    Args:
+        model: the module whose ``named_parameters()`` the rules are for.
+        layers: type of module, or glob pattern of module names -> :class:`Per`, or a manifold (on the type's own side),
+            or ``None`` for no rule. Subclasses match as well; the most specific type counts, and names come before
+            types. Biases and normalisation never get a rule.
+
+    Returns:
+        A dict name -> :class:`~subspace_meta.Rule`; brackets in names are escaped.
+
+    Raises:
+        ValueError: a key matches no module, or none whose weights are known; a weight cannot carry what is asked of it,
+            is parametrized, or has no shape yet; two modules share a weight and ask for different things.
+
+    Example:
+        >>> import subspace_meta as sm
+        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Conv1d(16, 8, 3))
+        >>> rules = sm.rules_for(model, {nn.Conv1d: sm.Stiefel(), nn.Embedding: sm.Oblique()})
+        >>> geometry = sm.Geometry.from_rules(dict(model.named_parameters()), rules)
+        >>> [parameter.constraint for parameter in geometry.parameters]
+        ['unit: 100 tokens of 16', 'orthonormal: 8 filters of 48', '']
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _check_layers(modules, layers)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, tuple[Rule, str]] = {}
+    for name, module in modules.items():
+        key = _key(name, modules, layers)
+        asked = None if key is None else layers[key]
+        if asked is None or not isinstance(module, KNOWN):
+            continue
+        per = asked if isinstance(asked, Per) else None
+        manifold = asked.manifold if isinstance(asked, Per) else asked
+        for weight in _weights(name, modules, per):
+            if isinstance(module, RECURRENT) and _is_square(manifold) and not weight.recurrent:
+                continue  # only a state that is mapped to itself has square matrices by its nature
+            path = f"{name}.{weight.name}" if name else weight.name
+            shape = tuple((parameter := _parameter(module, weight.name, path)).shape)
+            what = f"{path!r} ({type(module).__name__}, shape {' x '.join(map(str, shape))})"
+            rule = _rule(weight, per.side if per else None, manifold, shape, what, name)
+            earlier, there = found.setdefault(names[id(parameter)], (rule, path))
+            if _meaning(earlier) != _meaning(rule):
+                raise ValueError(
+                    f"{there!r} and {path!r} are one parameter, and their rules differ: {_said(earlier, shape)}, and "
+                    f"{_said(rule, shape)}; give both the same, or {{{name!r}: None}} for the second"
+                )
+    return {glob.escape(name): rule for name, (rule, _) in found.items()}
+
+
+def _check_layers(modules: Mapping[str, nn.Module], layers: Layers) -> None:
+    """Raise ``ValueError`` where a key or a value is of no use."""
+    for key, asked in layers.items():
+        if not isinstance(asked, Manifold | Per | None):
+            hand = "; a Rule holds for one parameter: put it into the returned dict" if isinstance(asked, Rule) else ""
+            raise ValueError(f"{_shown(key)} is given {asked!r}, which is no manifold, Per(...) or None{hand}")
+        if isinstance(key, str):
+            matching = [module for name, module in modules.items() if _named(name, key, modules)]
+            there = ", ".join(repr(name) for name, module in modules.items() if isinstance(module, KNOWN))
+        elif isinstance(key, type):
+            matching = [module for module in modules.values() if key in type(module).__mro__]
+            there = ", ".join(sorted({type(module).__name__ for module in modules.values() if module._parameters}))
+        else:
+            raise ValueError(f"{key!r} is no type of module and no pattern of module names")
+        if not matching:
+            raise ValueError(f"{_shown(key)} matches no module of the model; there are {there or 'none with weights'}")
+        if asked is not None and not any(isinstance(module, KNOWN) for module in matching):
+            raise ValueError(
+                f"{_shown(key)} has no weights of its own whose sides are known (Linear, convolutions, embeddings, "
+                "MultiheadAttention and recurrent layers have); write a Rule for its parameters by their names"
+            )
+
+
+def _shown(key: object) -> str:
+    return key.__name__ if isinstance(key, type) else repr(key)
+
+
+def _named(name: str, pattern: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Say whether a pattern means a module; one that is a module's name means that one."""
+    return name == pattern if pattern in modules else fnmatch.fnmatchcase(name, pattern)
+
+
+def _key(name: str, modules: Mapping[str, nn.Module], layers: Layers) -> type[nn.Module] | str | None:
+    """Return the key that a module goes by: its name, the attention that it belongs to, or its most specific type."""
+    for key in layers:
+        if isinstance(key, str) and _named(name, key, modules):
+            return key
+    attention = _attention_of(name, modules)
+    if attention is not None and (key_of_attention := _key(attention, modules, layers)) is not None:
+        return key_of_attention
+    return next((base for base in type(modules[name]).__mro__ if base in layers), None)
+
+
+def _attention_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return the name of the attention whose output projection a module is."""
+    parent, _, last = name.rpartition(".")
+    return parent if last == "out_proj" and isinstance(modules[parent], nn.MultiheadAttention) else None
+
+
+def _parameter(module: nn.Module, name: str, path: str) -> nn.Parameter:
+    """Return a weight of a module, if it is a parameter of known shape."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        if parametrize.is_parametrized(module, name):
+            tensors, away = f"{path.removesuffix(name)}parametrizations.{name}.original*", "remove_parametrizations"
+            why = f"is parametrized (torch.nn.utils.parametrize), {tensors!r} is what is learned"
+            way_out = f"take the parametrization away, torch.nn.utils.parametrize.{away}(module, {name!r})"
+        else:
+            why = "is no parameter: weight_norm, spectral_norm or pruning put others in its place"
+            way_out = "take that away"
+        raise ValueError(f"{path!r} {why}; {way_out}, or give None for this module")
+    if is_lazy(parameter):
+        raise ValueError(f"parameter {path!r} of a lazy module has no shape yet: call the model once first")
+    return parameter
+
+
+def _rule(weight: _Weight, side: str | None, manifold: Manifold, shape: tuple[int, ...], what: str, name: str) -> Rule:
+    """Return the rule of a weight for a side; without one, of the first side that can carry orthonormal vectors."""
+    if side == "head" and (weight.name, weight.axes) == ("weight", "output input"):
+        raise ValueError(f"{what} does not know its heads: say Per('head', {_call(manifold)}, heads=...)")
+    if side is not None and side not in weight.sides:
+        raise ValueError(f"{what} has no side {side!r}; it has {', '.join(map(repr, weight.sides))}")
+    own = [each for each in weight.sides if each != "head"]
+    # Vectors of unit length are possible on every side: there the first one is what is meant.
+    tried = [side] if side else own[:1] if isinstance(manifold, Oblique | Sphere) else own
+    problems = []
+    for each in tried:
+        view = _view(weight, each, manifold)
+        problem = _problem(weight, each, view, manifold, shape)
+        if not problem:
+            return Rule(manifold, view)
+        problems.append(f"per {each}: {problem}")
+    ways = []
+    for each in own:
+        view = _view(weight, each, manifold)
+        if each not in tried and not _problem(weight, each, view, manifold, shape):
+            ways.append(f"say Per({each!r}, {_call(manifold)}) for {in_words(view, _matrix_shape(view, shape))}")
+    ways.append(f"give {{{name!r}: None}} to leave it free")
+    raise ValueError(f"{what} {', '.join(problems)}; {', or '.join(ways)}")
+
+
+def _view(weight: _Weight, side: str, manifold: Manifold) -> MatrixView:
+    """Return the view whose columns are the vectors of a side."""
+    batch, vector, columns = weight.sides[side]
+    if isinstance(manifold, Oblique) and batch == "group":
+        batch, columns = "", f"group {columns}"  # unit vectors know of no groups, and one matrix costs less than many
+    if isinstance(manifold, Sphere) and side != "head":
+        batch, columns = f"{batch} {columns}".strip(), "1"
+    grouped = (f"({axes})" if " " in axes else axes for axes in (batch, vector, columns))
+    pattern = f"{weight.axes} -> {' '.join(filter(None, grouped))}"
+    return MatrixView(pattern, tuple(weight.sizes.items()) if "(" in pattern else ())
+
+
+def _matrix_shape(view: MatrixView, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)
+
+
+def _problem(weight: _Weight, side: str, view: MatrixView, manifold: Manifold, shape: tuple[int, ...]) -> str:
+    """Return why a shape cannot carry a manifold, or an empty string."""
+    try:
+        matrix_shape = _matrix_shape(view, shape)
+    except Exception:  # einops raises its own class
+        sizes = ", ".join(f"{axis} = {size}" for axis, size in view.sizes)
+        return f"the shape is not ({weight.axes}){f' with {sizes}' if sizes else ''}"
+    words = in_words(view, matrix_shape)
+    if side == "token" and weight.zero_token is not None:
+        return f"token {weight.zero_token} is padding (padding_idx), a zero vector that has no length"
+    try:
+        manifold.check_shape(matrix_shape)
+    except ValueError as error:
+        orthonormal = isinstance(manifold, Stiefel | StiefelCanonical | Grassmann)
+        return f"{words} cannot be orthonormal (more vectors than dimensions)" if orthonormal else f"{words}: {error}"
+    return "" if manifold.dimension(matrix_shape) else f"{words} on {manifold.name} have no freedom, nothing to learn"
+
+
+def _call(manifold: Manifold) -> str:
+    return f"{type(manifold).__name__}({'' if manifold.name == type(manifold).__name__ else '...'})"
+
+
+def _is_square(manifold: Manifold) -> bool:
+    return isinstance(manifold, Orthogonal | Rotations | SPD)
+
+
+def _meaning(rule: Rule) -> object:
+    """Return a rule with the axes of its view numbered: what they are called makes no difference."""
+    assert rule.view is not None
+    axes = list(dict.fromkeys(re.findall(r"[a-z]\w*", rule.view.pattern)))
+    pattern = re.sub(r"[a-z]\w*", lambda axis: f"a{axes.index(axis[0])}", rule.view.pattern)
+    return rule.manifold, pattern, sorted((axes.index(axis), size) for axis, size in rule.view.sizes)
+
+
+def _said(rule: Rule, shape: tuple[int, ...]) -> str:
+    """Return a rule in words."""
+    assert rule.view is not None
+    seen = ParameterGeometry("", shape, rule.manifold, rule.view, _matrix_shape(rule.view, shape))
+    return f"{rule.manifold.name}, {seen.constraint}"
+
+
+def _weights(name: str, modules: Mapping[str, nn.Module], per: Per | None) -> list[_Weight]:
+    """Return the weights of a module of a known type."""
+    module = modules[name]
+    if (attention := _attention_of(name, modules)) is not None:
+        return _attention_weights(modules[attention], per, projection=True)
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_weights(module, per, projection=False)
+    if isinstance(module, _ConvNd):
+        return [_convolution_weight(module)]
+    if isinstance(module, EMBEDDING):
+        sides = {"token": ("", "feature", "token"), "feature": ("", "token", "feature")}
+        return [_Weight("weight", "token feature", {}, sides, zero_token=module.padding_idx)]
+    if isinstance(module, RECURRENT):
+        return _recurrent_weights(module)
+    if per is None or per.heads is None:
+        return [_linear_weight("weight")]
+    sizes = {"head": per.heads}
+    return [_Weight("weight", "(head output) input", sizes, {"head": ("head", "input", "output")})]
+
+
+def _linear_weight(name: str) -> _Weight:
+    return _Weight(name, "output input", {}, {"output": ("", "input", "output"), "input": ("", "output", "input")})
+
+
+def _convolution_weight(module: _ConvNd) -> _Weight:
+    """Return the weight (out, in / groups, kernel), or of a transposed convolution (in, out / groups, kernel)."""
+    group = "group" if module.groups > 1 else ""
+    taps = {f"tap{i}": size for i, size in enumerate(module.kernel_size)}
+    names = " ".join(taps)
+    first, second = ("input", "filter") if isinstance(module, _ConvTransposeNd) else ("filter", "input")
+    axes = f"(group {first}) {second} {names}" if group else f"{first} {second} {names}"
+    sizes = {
+        **({"group": module.groups} if group else {}),
+        "filter": module.out_channels // module.groups,
+        "input": module.in_channels // module.groups,
+        **taps,
+    }
+    sides = {
+        "output": (group, f"input {names}", "filter"),
+        "tap": (group, "filter", f"input {names}"),
+        "input": (group, f"filter {names}", "input"),
+    }
+    return _Weight("weight", axes, sizes, sides)
+
+
+def _attention_weights(module: Any, per: Per | None, projection: bool) -> list[_Weight]:
+    """Return the weights of queries, keys and values, or of the output projection, whose inputs are the heads'."""
+    if per is not None and per.heads not in (None, module.num_heads):
+        raise ValueError(f"heads={per.heads}, but the attention has {module.num_heads}; leave heads away")
+    heads = {"head": module.num_heads}
+    if projection:
+        sides = {
+            "output": ("", "head input", "output"),
+            "input": ("", "output", "head input"),
+            "head": ("head", "output", "input"),
+        }
+        return [_Weight("weight", "output (head input)", heads, sides)]
+    sides = {
+        "output": ("", "input", "head output"),
+        "input": ("", "head output", "input"),
+        "head": ("head", "input", "output"),
+    }
+    if not module._qkv_same_embed_dim:
+        return [_Weight(f"{part}_proj_weight", "(head output) input", heads, sides) for part in "qkv"]
+    packed = {side: (f"part {batch}".strip(), vector, columns) for side, (batch, vector, columns) in sides.items()}
+    return [_Weight("in_proj_weight", "(part head output) input", {"part": 3, **heads}, packed)]
+
+
+def _recurrent_weights(module: Any) -> list[_Weight]:
+    """Return the weights of a recurrent layer or cell, with the gates that are stacked in them."""
+    gates = {"LSTM": 4, "GRU": 3}.get(getattr(module, "mode", ""), 1)
+    if isinstance(module, nn.LSTMCell | nn.GRUCell):
+        gates = 4 if isinstance(module, nn.LSTMCell) else 3
+    gate = "gate" if gates > 1 else ""
+    axes, sizes = ("(gate output) input", {"gate": gates}) if gate else ("output input", {})
+    sides = {"output": (gate, "input", "output"), "input": (gate, "output", "input")}
+    endings = [""]
+    if isinstance(module, nn.RNNBase):
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        endings = [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
+    weights = []
+    for ending in endings:
+        weights.append(_Weight(f"weight_ih{ending}", axes, sizes, sides))
+        weights.append(_Weight(f"weight_hh{ending}", axes, sizes, sides, recurrent=True))
+        if getattr(module, "proj_size", 0):
+            weights.append(_linear_weight(f"weight_hr{ending}"))
+    return weights
