@@ -149,7 +149,9 @@ CASES = {
         "3 gates x 3 inputs of 4",
     ),
     "RNNCell": (nn.RNNCell(5, 4), "output", {"weight_ih": rows, "weight_hh": rows}, "4 outputs of 5"),
-    "LSTMCell": (nn.LSTMCell(5, 4), "output", {"weight_ih": gates(4), "weight_hh": gates(4)}, "4 gates x 4 outputs of 5"),
+    "LSTMCell": (
+        nn.LSTMCell(5, 4), "output", {"weight_ih": gates(4), "weight_hh": gates(4)}, "4 gates x 4 outputs of 5",
+    ),
     "GRUCell": (nn.GRUCell(5, 4), "output", {"weight_ih": gates(3), "weight_hh": gates(3)}, "3 gates x 4 outputs of 5"),
 }  # fmt: skip
 
@@ -224,7 +226,8 @@ def test_torch_optimizers_keep_every_side(name, kind):
             optimizer = make(module, sm.rules_for(module, asked(name, KINDS[kind])))
         before = {k: p.detach().clone() for k, p in module.named_parameters()}
         holds(before, vectors, kind == "orthonormal", 1e-5)
-        sum((p * normal(*p.shape, seed=i, dtype=p.dtype)).sum() for i, p in enumerate(module.parameters())).backward()
+        slopes = [normal(*p.shape, seed=i + 100, dtype=p.dtype) for i, p in enumerate(module.parameters())]
+        sum((p * slope).sum() for p, slope in zip(module.parameters(), slopes, strict=True)).backward()
         optimizer.step()
         after = dict(module.named_parameters())
         holds(after, vectors, kind == "orthonormal", 1e-5)
@@ -303,7 +306,8 @@ def test_orthonormal_filters_are_those_of_plain_rules():
     for module in (nn.Conv2d(3, 8, 5, bias=False), nn.Conv2d(1, 16, 3, bias=False), nn.Conv3d(1, 2, 3, bias=False)):
         params = fresh(module)
         plain = sm.Geometry.from_rules(params, {"weight": sm.Stiefel()})
-        assert sm.Geometry.from_rules(params, sm.rules_for(module, {nn.Module: sm.Stiefel()})) == plain
+        (matrix,) = sm.Geometry.from_rules(params, sm.rules_for(module, {nn.Module: sm.Stiefel()})).gather(params)
+        assert torch.equal(matrix, plain.gather(params)[0])
 
 
 def small_model():
@@ -395,8 +399,8 @@ def test_tied_weights_have_one_rule():
         assert list(rules) == ["embed.weight"]
         assert sm.Geometry.from_rules(dict(model.named_parameters()), rules).parameters[0].constraint == words
     message = (
-        "'embed.weight' and 'head.weight' are one parameter, and their rules differ: Oblique, unit: 20 tokens of 6, and "
-        "Stiefel, orthonormal: 6 inputs of 20; give both the same, or {'head': None} for the second"
+        "'embed.weight' and 'head.weight' are one parameter, and their rules differ: Oblique, unit: 20 tokens of 6, "
+        "and Stiefel, orthonormal: 6 inputs of 20; give both the same, or {'head': None} for the second"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         sm.rules_for(model, {nn.Embedding: sm.Oblique(), nn.Linear: sm.Stiefel()})
@@ -437,15 +441,15 @@ def test_token_padding_has_no_length():
             "'first.weight' (Linear, shape 8 x 6) per output: 8 outputs of 6 cannot be orthonormal (more vectors than "
             "dimensions); say Per('input', Stiefel()) for 6 inputs of 8, or give {'first': None} to leave it free",
         ),
-        ({"first": sm.Orthogonal()}, "8 outputs of 6: Orthogonal needs square matrices of shape (..., n, n), got (6, 8)"),
+        ({"first": sm.Orthogonal()}, "8 outputs of 6: Orthogonal needs square matrices of shape (..., n, n), got (6"),
         ({"norm": sm.Stiefel()}, "'norm' has no weights of its own whose sides are known"),
         ({nn.LayerNorm: sm.Stiefel()}, "LayerNorm has no weights of its own whose sides are known"),
         (
             {nn.Conv3d: sm.Stiefel()},
             "Conv3d matches no module of the model; there are Embedding, LayerNorm, Linear, MultiheadAttention",
         ),
-        ({"x": sm.Stiefel()}, "'x' matches no module of the model; there are 'embed', 'attend', 'attend.out_proj', 'fi"),
-        ({nn.Linear: sm.Per("token", sm.Oblique())}, "'first.weight' (Linear, shape 8 x 6) has no side 'token'; it has 'o"),
+        ({"x": sm.Stiefel()}, "'x' matches no module of the model; there are 'embed', 'attend', 'attend.out_proj', '"),
+        ({"first": sm.Per("token", sm.Oblique())}, "'first.weight' (Linear, shape 8 x 6) has no side 'token'; it has"),
         ({"first": sm.Per("head", sm.Stiefel())}, "does not know its heads: say Per('head', Stiefel(), heads=...)"),
         ({"first": sm.Per("head", sm.Oblique(), 3)}, "per head: the shape is not ((head output) input) with head = 3"),
         ({"attend": sm.Per("head", sm.Stiefel(), 3)}, "heads=3, but the attention has 2; leave heads away"),
@@ -468,7 +472,7 @@ def test_what_cannot_be_is_said(layers, message):
         (nn.Conv2d(4, 4, 1, groups=4), sm.Stiefel(), "4 groups x 1 filter of 1 on Stiefel have no freedom"),
         (nn.Linear(1, 4), sm.Oblique(), "4 outputs of 1: Oblique needs matrices of shape (..., d, p) with d >= 2"),
         (nn.Linear(4, 4), sm.Grassmann(), "4 outputs of 4 on Grassmann have no freedom, nothing to learn"),
-        (nn.LSTM(3, 4), sm.Per("output", sm.Stiefel()), "'weight_ih_l0' (LSTM, shape 16 x 3) per output: 4 gates x 4 out"),
+        (nn.LSTM(3, 4), sm.Per("output", sm.Stiefel()), "'weight_ih_l0' (LSTM, shape 16 x 3) per output: 4 gates x 4 "),
         (nn.LSTM(3, 4), sm.Per("head", sm.Stiefel()), "'weight_ih_l0' (LSTM, shape 16 x 3) has no side 'head'"),
         (nn.LSTM(3, 4, proj_size=2), sm.Orthogonal(), "'weight_hh_l0' (LSTM, shape 16 x 2) per output"),
     ],
