@@ -221,7 +221,7 @@ def _rule(weight: _Weight, side: str | None, manifold: Manifold, shape: tuple[in
             return Rule(manifold, view)
         problems.append(f"per {each}: {problem}")
     ways = []
-    for each in own:
+    for each in weight.sides:
         view = _view(weight, each, manifold)
         if each not in tried and not _problem(weight, each, view, manifold, shape):
             ways.append(f"say Per({each!r}, {_call(manifold)}) for {in_words(view, _matrix_shape(view, shape))}")

@@ -415,6 +415,12 @@ def test_a_module_under_two_names():
     assert list(sm.rules_for(model, {"b": sm.Stiefel()})) == ["a.weight"]
     with pytest.raises(ValueError, match="are one parameter"):
         sm.rules_for(model, {"a": sm.Stiefel(), "b": sm.Oblique()})
+    model = nn.ModuleDict({"a": nn.Linear(5, 6), "b": nn.Linear(5, 6)})
+    model.b.weight = model.a.weight
+    with pytest.raises(
+        ValueError, match="Stiefel, orthonormal: 2 heads x 3 outputs of 5, and Stiefel, orthonormal: 3 heads"
+    ):
+        sm.rules_for(model, {name: sm.Per("head", sm.Stiefel(), heads) for name, heads in (("a", 2), ("b", 3))})
 
 
 def test_token_padding_has_no_length():
@@ -474,6 +480,10 @@ def test_what_cannot_be_is_said(layers, message):
         (nn.Linear(4, 4), sm.Grassmann(), "4 outputs of 4 on Grassmann have no freedom, nothing to learn"),
         (nn.LSTM(3, 4), sm.Per("output", sm.Stiefel()), "'weight_ih_l0' (LSTM, shape 16 x 3) per output: 4 gates x 4 "),
         (nn.LSTM(3, 4), sm.Per("head", sm.Stiefel()), "'weight_ih_l0' (LSTM, shape 16 x 3) has no side 'head'"),
+        (
+            nn.MultiheadAttention(6, 2, kdim=3, vdim=3), sm.Orthogonal(),
+            "got (6, 3); say Per('head', Orthogonal()) for 2 heads x 3 outputs of 3, or give {",
+        ),
         (nn.LSTM(3, 4, proj_size=2), sm.Orthogonal(), "'weight_hh_l0' (LSTM, shape 16 x 2) per output"),
     ],
 )  # fmt: skip
