@@ -53,7 +53,7 @@ from subspace_meta.optimizers import (
     SubspaceOptimizer,
 )
 from subspace_meta.optimizers.subspace import PRESETS
-from subspace_meta.rules import Per, rules_for
+from subspace_meta.rules import rules_for
 from subspace_meta.weights import pretrained
 
 __all__ = [
@@ -86,7 +86,6 @@ __all__ = [
     "Optimizer",
     "Orthogonal",
     "OrthonormalRetraction",
-    "Per",
     "PolarNewtonSchulz",
     "Product",
     "RAdGD",

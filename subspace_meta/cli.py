@@ -45,9 +45,9 @@ from subspace_meta.benchmarks.predecessor import bench_predecessor
 from subspace_meta.benchmarks.step import bench_step, kernel_traffic
 from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import QUICK, Comparison, TaskResult, compare, doubts
-from subspace_meta.evaluation.page import losses, markdown, page, summary
+from subspace_meta.evaluation.page import gaps, markdown, page, summary, untuned
 from subspace_meta.evaluation.plots import plot_curves, plot_training
-from subspace_meta.evaluation.protocol import BASELINES, TIE
+from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.cost import available_bytes
 from subspace_meta.meta.distributed import ProcessError, Processes
@@ -437,7 +437,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(described))
     else:
-        for title, make_table in (("summary", summary), ("losses", losses)):
+        for title, make_table in (("summary", summary), ("nothing tuned", untuned), ("beside the best tuned", gaps)):
             header, rows = make_table(found)
             _print_table(title, header, rows, header[:1], WIDE)
     if reasons:
@@ -530,9 +530,9 @@ def make_archive(
 
     What other code has tuned is first run for 50 steps, and kept if these are what was measured.
     """
-    chosen = [b for b in BASELINES if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
+    chosen = [b for b in archive.KEPT if fnmatch.fnmatch(b.name.lower(), baselines.lower())]
     if not chosen:
-        raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in BASELINES)}")
+        raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in archive.KEPT)}")
     try:
         todo = archive.missing(_chosen_tasks("full", tasks, own), chosen, folder)
     except ValueError as error:

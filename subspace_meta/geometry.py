@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,18 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from subspace_meta.manifolds import (
-    SPD,
-    Euclidean,
-    Grassmann,
-    Manifold,
-    Oblique,
-    Orthogonal,
-    Rotations,
-    Sphere,
-    Stiefel,
-    StiefelCanonical,
-)
+from subspace_meta.manifolds import Euclidean, Manifold, Sphere
 
 Params = dict[str, Tensor]
 
@@ -37,9 +25,7 @@ Params = dict[str, Tensor]
 # and out of the stack cost as much as the saved calls.
 GROUPING_LIMIT = 32_768
 
-# How wide matrices, and batches of them, are seen where no view is given.
-TRANSPOSED = ("row column -> column row", "b row column -> b column row")
-STACKED = "stacked"
+TRANSPOSED = "rows"  # what the columns of a transposed matrix are
 
 
 @dataclass(frozen=True)
@@ -47,17 +33,17 @@ class MatrixView:
     """How a parameter is seen as a matrix ``(..., d, p)``: an einops pattern and its inverse.
 
     ``pattern`` is ``"parameter axes -> matrix axes"``; ``sizes`` gives the axes that einops cannot infer. An empty
-    pattern, ``MatrixView()``, is the identity. :meth:`Geometry.summary` takes its words from the axes on the right, the
-    last of which counts the columns: ``"token feature -> feature token"`` is printed as so many tokens.
+    pattern is the identity. ``vectors`` says what the columns of the matrix are, for people.
     """
 
     pattern: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
+    vectors: str = "columns"
 
     @classmethod
     def heads(cls, n_heads: int) -> MatrixView:
         """See a projection weight ``(n_heads * head_dim, model)`` as ``n_heads`` tall blocks ``(model, head_dim)``."""
-        return cls("(head output) input -> head input output", (("head", n_heads),))
+        return cls("(h k) m -> h m k", (("h", n_heads),))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """See a parameter as a matrix."""
@@ -75,15 +61,20 @@ class MatrixView:
         if not self.pattern:
             return self
         left, right = self.pattern.split("->")
-        return MatrixView(f"{STACKED}0 {left}-> {STACKED}0 {right}", self.sizes)
+        return MatrixView(f"stacked0 {left}-> stacked0 {right}", self.sizes, self.vectors)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a rule's glob pattern matches a name; a name matches itself, brackets and all."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     """Choose the matrix view of a parameter by its number of dimensions.
 
-    0 and 1: one column. 2: the matrix itself. 3: a batch of matrices, also if it is the weight of a one-dimensional
-    convolution (``rules_for`` knows modules). 4 and 5: a convolution, ``out x (in * kernel)``. On a constrained
-    manifold a wide matrix is transposed, so that it is tall.
+    0 and 1: one column. 2: the matrix itself. 3: a batch of matrices. 4 and 5: a convolution, ``out x (in * kernel)``.
+    On a constrained manifold a wide matrix is transposed, so that it is tall. What the axes of a layer's weight mean
+    is known to :func:`subspace_meta.rules_for`.
     """
     if len(shape) == 0:
         return MatrixView("-> 1 1")
@@ -92,33 +83,17 @@ def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     constrained = not isinstance(manifold, Euclidean)
     if len(shape) <= 3:
         wide = constrained and shape[-2] < shape[-1]
-        return MatrixView(TRANSPOSED[len(shape) - 2]) if wide else MatrixView()
+        leading = "b " * (len(shape) - 2)
+        return MatrixView(f"{leading}p d -> {leading}d p", vectors=TRANSPOSED) if wide else MatrixView()
     if len(shape) > 5:
         raise ValueError(f"no matrix view is known for {len(shape)} dimensions; give Rule(..., view=MatrixView(...))")
-    taps = [f"tap{axis}" for axis in range(len(shape) - 2)]
-    sizes = (("input", shape[1]), *zip(taps, shape[2:], strict=True))
-    fan_in = f"(input {' '.join(taps)})"
-    tall = f"{fan_in} filter" if constrained and shape[0] < math.prod(shape[1:]) else f"filter {fan_in}"
-    return MatrixView(f"filter input {' '.join(taps)} -> {tall}", sizes)
-
-
-def in_words(view: MatrixView, matrix_shape: Sequence[int]) -> str:
-    """Say what the columns of a matrix are, after the axes of its view: "4 heads x 8 outputs of 32"."""
-    sizes = list(matrix_shape)
-    axes = re.findall(r"\([^)]*\)|[^\s()]+", view.pattern.split("->")[-1])
-    if len(axes) != len(sizes):  # no pattern, or one with an ellipsis
-        axes = [""] * len(sizes)
-    if axes[-1] == "1" and len(axes) > 2:  # a batch of single vectors, which its axes name
-        axes, sizes = [*axes[:-3], axes[-2], axes[-3]], [*sizes[:-3], sizes[-2], sizes[-3]]
-    counted = [_counted(size, axis) for size, axis in zip(sizes[:-2], axes[:-2], strict=True)]
-    return f"{' x '.join((*counted, _counted(sizes[-1], axes[-1], 'column')))} of {sizes[-2]}"
-
-
-def _counted(size: int, axes: str, otherwise: str = "") -> str:
-    """Return a number with the last word among the axes, without digits; letters are none."""
-    words = [word.strip("0123456789") for word in re.findall(r"\w+", axes)]
-    noun = next((word for word in reversed(words) if len(word) > 2 and word != STACKED), otherwise)
-    return f"{size} {noun}{'s' if noun and size != 1 else ''}".rstrip()
+    kernel = [f"k{axis}" for axis in range(len(shape) - 2)]
+    sizes = (("i", shape[1]), *zip(kernel, shape[2:], strict=True))
+    fan_in = f"(i {' '.join(kernel)})"
+    left = f"o i {' '.join(kernel)}"
+    if constrained and shape[0] < math.prod(shape[1:]):
+        return MatrixView(f"{left} -> {fan_in} o", sizes, "filters")
+    return MatrixView(f"{left} -> o {fan_in}", sizes, "taps")
 
 
 @dataclass(frozen=True)
@@ -140,40 +115,15 @@ class ParameterGeometry:
     matrix_shape: tuple[int, ...]
 
     @property
-    def constraint(self) -> str:
-        """What holds, in words: "orthonormal: 8 filters of 75"; empty for Euclidean space."""
-        manifold, matrix = self.manifold, _times(self.matrix_shape)
-        if isinstance(manifold, Euclidean):
-            return ""
-        if isinstance(manifold, SPD):
-            return f"positive definite: {matrix}"
-        if isinstance(manifold, Sphere) and self.matrix_shape[-1] > 1:
-            return f"unit norm: {matrix}"
-        words = in_words(self.view, self.matrix_shape)
-        if isinstance(manifold, Orthogonal | Rotations):
-            return f"orthogonal: {words}"
-        if isinstance(manifold, Stiefel | StiefelCanonical | Grassmann):
-            return f"orthonormal: {words}"
-        return f"unit: {words}" if isinstance(manifold, Oblique | Sphere) else words
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the matrix is the transposed parameter, because no view was given and wide matrices are."""
-        return self.view.pattern in TRANSPOSED
-
-    def _seen(self) -> str:
-        """Say as what the parameter is seen, where that is not itself, and how to have it otherwise."""
-        if not self.view.pattern:
-            return ""
-        seen = f"; it is seen as {_times(self.matrix_shape)}"
-        if not self.transposed:
-            return f"{seen}, {self.constraint}"
-        seen = f"{seen} (transposed, since wide matrices are: its rows are the columns)"
-        try:
-            self.manifold.check_shape(self.shape)
-        except ValueError:
-            return seen
-        return f"{seen}; if its columns are meant, give Rule({type(self.manifold).__name__}(), MatrixView())"
+    def words(self) -> str:
+        """What the matrix is made of: "8 orthonormal filters of 75"; empty where columns are nothing special."""
+        *batch, d, p = self.matrix_shape
+        times = f"{math.prod(batch)} times " if math.prod(batch) > 1 else ""
+        kind = self.manifold.vectors
+        if isinstance(self.manifold, Sphere):
+            # A batch of points that are one vector each; a point that is a matrix has no vectors of its own.
+            return f"{math.prod(batch)} unit {self.view.vectors} of {d}" if p == 1 else f"{times}{d} x {p} of unit norm"
+        return f"{times}{p} {kind} {self.view.vectors} of {d}" if kind else ""
 
 
 @dataclass(frozen=True)
@@ -203,33 +153,26 @@ class Geometry:
 
         Args:
             params: named parameters; only names and shapes are used.
-            rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts; without one the
-                parameter is Euclidean. A pattern that is a parameter's name means that one, brackets or not.
-                :func:`~subspace_meta.rules_for` makes rules from types of modules.
+            rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts, a name matches itself;
+                without a match the parameter is Euclidean.
 
         Raises:
-            ValueError: there are no parameters, a pattern matches none of them, a shape cannot carry its manifold, or
-                a lazy module has no shapes yet.
+            ValueError: there are no parameters, a pattern matches none of them, or a shape cannot carry its manifold.
         """
         if not params:
             raise ValueError("there are no parameters; give a dict of named tensors, dict(model.named_parameters())")
         rules = dict(rules or {})
-        first: dict[str, Manifold | Rule] = {}
         for pattern, rule in rules.items():
             if not isinstance(rule, Manifold | Rule):
                 raise ValueError(f"rule {pattern!r} is {rule!r}, which is no manifold; write for instance Stiefel()")
-            matching = [pattern] if pattern in params else [n for n in params if fnmatch.fnmatchcase(n, pattern)]
-            if not matching:
-                brackets = "; brackets stand for one of the letters in them, glob.escape(...) for themselves"
+            if not any(matches(pattern, name) for name in params):
+                hint = "; [...] in a pattern is a set of characters, glob.escape(name) is a name" * ("[" in pattern)
                 raise ValueError(
-                    f"rule {pattern!r} matches no parameter; the names are {', '.join(params)}"
-                    f"{brackets if '[' in pattern else ''}"
+                    f"rule {pattern!r} matches no parameter; the names are {', '.join(params) or 'none'}{hint}"
                 )
-            for name in matching:
-                first.setdefault(name, rule)
         parameters = []
         for name, tensor in params.items():
-            chosen = first.get(name, Euclidean())
+            chosen = next((rule for pattern, rule in rules.items() if matches(pattern, name)), Euclidean())
             rule = chosen if isinstance(chosen, Rule) else Rule(chosen)
             if is_lazy(tensor):
                 raise ValueError(f"parameter {name!r} of a lazy module has no shape yet: call the model once first")
@@ -237,7 +180,7 @@ class Geometry:
             if 0 in shape:
                 raise ValueError(f"parameter {name!r} of shape {shape} has no entries; leave it out")
             try:
-                view = default_view(shape, rule.manifold) if rule.view is None else rule.view
+                view = rule.view or default_view(shape, rule.manifold)
                 matrix_shape = tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)
                 rule.manifold.check_shape(matrix_shape)
             except Exception as error:  # einops raises its own class; the user needs the parameter's name with it
@@ -249,8 +192,8 @@ class Geometry:
         """Return the geometry of ``count`` sets of these parameters, stacked along a new leading dimension.
 
         The groups stay as they are, each with one more batch dimension: optimizers then take the steps of all sets at
-        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, which all
-        of this library do.
+        once. Sums over matrices stay within one set only where an optimizer keeps one value for each matrix, as all do
+        but those that choose one step for a whole run (``RDoG``, ``RAdaGD``, ``RAdGD``): they need ``vmap``.
         """
         stacked = {
             p.name: ParameterGeometry(p.name, (count, *p.shape), p.manifold, p.view.stacked(), (count, *p.matrix_shape))
@@ -302,14 +245,19 @@ class Geometry:
         for name, violation in self.violation(params).items():
             if not violation <= tolerance:
                 parameter = next(p for p in self.parameters if p.name == name)
+                seen = ""
+                if parameter.view.vectors == TRANSPOSED:
+                    d, p = parameter.matrix_shape[-2:]
+                    seen = f". It is seen transposed, as {d} x {p}, because it is wide: its rows are the vectors"
+                    if _can_be(parameter.manifold, parameter.shape):
+                        seen += ". If the columns are meant, the rule is Rule(manifold, MatrixView())"
                 raise ValueError(
                     f"parameter {name!r} is not on {parameter.manifold.name}: constraint violation {violation:.2e} is "
-                    f"above {tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...)"
-                    f"{parameter._seen()}"
+                    f"above {tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...){seen}"
                 )
 
     def check_gradients(self, grads: Mapping[str, Tensor]) -> None:
-        """Raise ``ValueError`` naming the first gradient that is missing, of another shape, or not finite.
+        """Raise ``ValueError`` naming the first gradient that is missing, of another shape, not finite, or too large.
 
         ``update`` raises nothing about values, and a non-finite gradient spoils parameters and state for good; a loop
         that may meet one calls this first, or skips the step. It reads the values, so on a device it waits.
@@ -320,6 +268,11 @@ class Geometry:
                 count = int((~torch.isfinite(grad)).sum())
                 raise ValueError(
                     f"gradient of {name!r} has {count} non-finite entries of {grad.numel()}; skip this step"
+                )
+            if not torch.isfinite(torch.linalg.vector_norm(grad)):
+                raise ValueError(
+                    f"gradient of {name!r} has entries up to {float(grad.abs().max()):.0e}, whose squares overflow "
+                    f"{grad.dtype}; skip this step, or scale the loss down"
                 )
 
     def gather(self, params: Mapping[str, Tensor]) -> list[Tensor]:
@@ -371,16 +324,16 @@ class Geometry:
         }
 
     def summary(self) -> str:
-        """Return a table: parameter, shape, manifold, matrix, dimension, and in words what is orthonormal or unit."""
-        header = ("parameter", "shape", "manifold", "matrix", "dimension", "constraint")
+        """Return a table: parameter, shape, manifold, matrix, dimension, and what the matrix is made of, in words."""
+        header = ("parameter", "shape", "manifold", "matrix", "dimension", "that is")
         rows = [
             (
                 p.name,
-                _times(p.shape) or "scalar",
+                " x ".join(map(str, p.shape)) or "scalar",
                 p.manifold.name,
-                _times(p.matrix_shape),
+                " x ".join(map(str, p.matrix_shape)),
                 f"{p.manifold.dimension(p.matrix_shape):,}",
-                p.constraint,
+                p.words,
             )
             for p in self.parameters
         ]
@@ -393,9 +346,13 @@ class Geometry:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def _times(shape: Sequence[int]) -> str:
-    """Return "6 x 2"."""
-    return " x ".join(map(str, shape))
+def _can_be(manifold: Manifold, shape: tuple[int, ...]) -> bool:
+    """Say whether points can have a shape."""
+    try:
+        manifold.check_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:

@@ -12,7 +12,7 @@ import glob
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from subspace_meta.geometry import MatrixView, ParameterGeometry, Rule, in_words
+from subspace_meta.geometry import MatrixView, ParameterGeometry, Rule
 from subspace_meta.manifolds import (
     SPD,
     Grassmann,
@@ -36,39 +36,10 @@ from subspace_meta.manifolds import (
 SIDES = ("output", "input", "tap", "token", "feature", "head")
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 EMBEDDING = (nn.Embedding, nn.EmbeddingBag)
-KNOWN = (nn.Linear, _ConvNd, *EMBEDDING, nn.MultiheadAttention, *RECURRENT)
+KNOWN = (nn.Linear, nn.Bilinear, _ConvNd, *EMBEDDING, nn.MultiheadAttention, *RECURRENT)
 
-
-@dataclass(frozen=True)
-class Per:
-    """A manifold, and what each of its vectors belongs to: ``Per("output", Oblique())`` is a unit vector per output.
-
-    Args:
-        side: "output" (a row of a linear layer, a filter of a convolution), "input" (a column; of a convolution all
-            that one input channel meets), "tap" (of a convolution: what one place of the kernel on one input channel
-            gives to the outputs), "token" and "feature" (a row and a column of an embedding), "head" (the dimensions of
-            one head, a matrix for each).
-        manifold: of the matrix whose columns are these vectors. On a ``Sphere`` each vector is a point, or each head.
-        heads: how many heads a ``Linear`` has; ``MultiheadAttention`` knows.
-
-    Raises:
-        ValueError: there is no such side, ``manifold`` is none, or ``heads`` is below 1 or given for another side.
-    """
-
-    side: str
-    manifold: Manifold
-    heads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.side not in SIDES:
-            raise ValueError(f"there is no side {self.side!r}; the sides are {', '.join(SIDES)}")
-        if not isinstance(self.manifold, Manifold):
-            raise ValueError(f"{self.manifold!r} is no manifold; write for instance Per({self.side!r}, Stiefel())")
-        if self.heads is not None and (self.side != "head" or self.heads < 1):
-            raise ValueError(f"heads={self.heads} on the side {self.side!r}: only 'head' has heads, one or more")
-
-
-Layers = Mapping[type[nn.Module] | str, Manifold | Per | None]
+Asked = Manifold | tuple[Manifold, str] | tuple[Manifold, str, int] | None
+Layers = Mapping[type[nn.Module] | str, Asked]
 Axes = tuple[str, str, str]  # of the batch, of a vector, and those that count the vectors
 
 
@@ -87,17 +58,32 @@ class _Weight:
     recurrent: bool = False
 
 
+class _Per(NamedTuple):
+    """What is asked of a layer; without a side, on its own one."""
+
+    manifold: Manifold
+    side: str = ""
+    heads: int = 0
+
+
 def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
     """Return rules for the weights of a model's layers, by their types.
 
     Args:
         model: the module whose ``named_parameters()`` the rules are for.
-        layers: type of module, or glob pattern of module names -> :class:`Per`, or a manifold (on the type's own side),
-            or ``None`` for no rule. Subclasses match as well; the most specific type counts, and names come before
-            types. Biases and normalisation never get a rule.
+        layers: type of module, or glob pattern of module names -> a manifold, or (manifold, side), or ``None`` for no
+            rule. Subclasses match as well; the most specific type counts, and names come before types. Biases and
+            normalisation never get a rule.
+
+    Sides, each of which says what has a vector of its own: ``"per output"`` (a row of a linear layer, a filter),
+    ``"per input"`` (a column; of a convolution all that one input channel meets), ``"per tap"`` (of a convolution: what
+    one place of the kernel on one input channel gives to the outputs), ``"per token"`` and ``"per feature"`` (a row and
+    a column of an embedding), ``"per head"`` (the dimensions of a head, a matrix for each; of a linear layer
+    ``(manifold, "per head", heads)``). The vectors are the columns of the manifold's matrix; on a ``Sphere`` each of
+    them is a point, or each head. Without a side it is the layer's first one that can carry the manifold.
 
     Returns:
-        A dict name -> :class:`~subspace_meta.Rule`; brackets in names are escaped.
+        A dict parameter name -> :class:`~subspace_meta.Rule`; brackets in names are escaped.
 
     Raises:
         ValueError: a key matches no module, or none whose weights are known; a weight cannot carry what is asked of it,
@@ -105,30 +91,28 @@ def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
 
     Example:
         >>> import subspace_meta as sm
-        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Conv1d(16, 8, 3))
-        >>> rules = sm.rules_for(model, {nn.Conv1d: sm.Stiefel(), nn.Embedding: sm.Oblique()})
+        >>> model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Linear(50, 8))
+        >>> rules = sm.rules_for(model, {nn.Conv1d: sm.Stiefel(), nn.Linear: (sm.Oblique(), "per input")})
         >>> geometry = sm.Geometry.from_rules(dict(model.named_parameters()), rules)
-        >>> [parameter.constraint for parameter in geometry.parameters]
-        ['unit: 100 tokens of 16', 'orthonormal: 8 filters of 48', '']
+        >>> [parameter.words for parameter in geometry.parameters if "weight" in parameter.name]
+        ['8 orthonormal filters of 12', '50 unit inputs of 8']
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    _check_layers(modules, layers)
+    asked = _checked(modules, layers)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, tuple[Rule, str]] = {}
     for name, module in modules.items():
         key = _key(name, modules, layers)
-        asked = None if key is None else layers[key]
-        if asked is None or not isinstance(module, KNOWN):
+        per = None if key is None else asked[key]
+        if per is None or not isinstance(module, KNOWN):
             continue
-        per = asked if isinstance(asked, Per) else None
-        manifold = asked.manifold if isinstance(asked, Per) else asked
         for weight in _weights(name, modules, per):
-            if isinstance(module, RECURRENT) and _is_square(manifold) and not weight.recurrent:
+            if isinstance(module, RECURRENT) and _is_square(per.manifold) and not weight.recurrent:
                 continue  # only a state that is mapped to itself has square matrices by its nature
             path = f"{name}.{weight.name}" if name else weight.name
             shape = tuple((parameter := _parameter(module, weight.name, path)).shape)
             what = f"{path!r} ({type(module).__name__}, shape {' x '.join(map(str, shape))})"
-            rule = _rule(weight, per.side if per else None, manifold, shape, what, name)
+            rule = _rule(weight, per, shape, what, name)
             earlier, there = found.setdefault(names[id(parameter)], (rule, path))
             if _meaning(earlier) != _meaning(rule):
                 raise ValueError(
@@ -138,12 +122,10 @@ def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
     return {glob.escape(name): rule for name, (rule, _) in found.items()}
 
 
-def _check_layers(modules: Mapping[str, nn.Module], layers: Layers) -> None:
-    """Raise ``ValueError`` where a key or a value is of no use."""
-    for key, asked in layers.items():
-        if not isinstance(asked, Manifold | Per | None):
-            hand = "; a Rule holds for one parameter: put it into the returned dict" if isinstance(asked, Rule) else ""
-            raise ValueError(f"{_shown(key)} is given {asked!r}, which is no manifold, Per(...) or None{hand}")
+def _checked(modules: Mapping[str, nn.Module], layers: Layers) -> dict[type[nn.Module] | str, _Per | None]:
+    """Return what is asked under every key; raise ``ValueError`` where a key or a value is of no use."""
+    checked = {key: None if asked is None else _per(key, asked) for key, asked in layers.items()}
+    for key, per in checked.items():
         if isinstance(key, str):
             matching = [module for name, module in modules.items() if _named(name, key, modules)]
             there = ", ".join(repr(name) for name, module in modules.items() if isinstance(module, KNOWN))
@@ -154,11 +136,29 @@ def _check_layers(modules: Mapping[str, nn.Module], layers: Layers) -> None:
             raise ValueError(f"{key!r} is no type of module and no pattern of module names")
         if not matching:
             raise ValueError(f"{_shown(key)} matches no module of the model; there are {there or 'none with weights'}")
-        if asked is not None and not any(isinstance(module, KNOWN) for module in matching):
+        if per is not None and not any(isinstance(module, KNOWN) for module in matching):
             raise ValueError(
-                f"{_shown(key)} has no weights of its own whose sides are known (Linear, convolutions, embeddings, "
-                "MultiheadAttention and recurrent layers have); write a Rule for its parameters by their names"
+                f"no sides are known for {_shown(key)}, only for Linear, Bilinear, convolutions, embeddings, "
+                "MultiheadAttention and recurrent layers; give a rule by the parameter's name"
             )
+    return checked
+
+
+def _per(key: object, asked: Any) -> _Per:
+    """Return a manifold with its side, from the ways in which they can be written."""
+    manifold, side, heads = (*asked, *("", 0)[len(asked) - 1 :]) if _is_tuple(asked) else (asked, "", 0)
+    if not isinstance(manifold, Manifold) or not isinstance(side, str) or (heads and side != "per head"):
+        raise ValueError(
+            f"for {_shown(key)} there is {asked!r}; write a manifold, Stiefel(), one with a side, "
+            f"(Oblique(), 'per output'), or None{'; a Rule is for one parameter' if isinstance(asked, Rule) else ''}"
+        )
+    if side and side.removeprefix("per ") not in SIDES:
+        raise ValueError(f"{_shown(key)} has no side {side!r}; sides are {', '.join(f'per {each}' for each in SIDES)}")
+    return _Per(manifold, side.removeprefix("per "), heads)
+
+
+def _is_tuple(asked: object) -> bool:
+    return isinstance(asked, tuple) and len(asked) in (2, 3)
 
 
 def _shown(key: object) -> str:
@@ -204,41 +204,42 @@ def _parameter(module: nn.Module, name: str, path: str) -> nn.Parameter:
     return parameter
 
 
-def _rule(weight: _Weight, side: str | None, manifold: Manifold, shape: tuple[int, ...], what: str, name: str) -> Rule:
-    """Return the rule of a weight for a side; without one, of the first side that can carry orthonormal vectors."""
-    if side == "head" and (weight.name, weight.axes) == ("weight", "output input"):
-        raise ValueError(f"{what} does not know its heads: say Per('head', {_call(manifold)}, heads=...)")
-    if side is not None and side not in weight.sides:
-        raise ValueError(f"{what} has no side {side!r}; it has {', '.join(map(repr, weight.sides))}")
-    own = [each for each in weight.sides if each != "head"]
+def _rule(weight: _Weight, per: _Per, shape: tuple[int, ...], what: str, name: str) -> Rule:
+    """Return the rule of a weight for a side; without one, of the first side that can carry the manifold."""
+    manifold = per.manifold
+    if per.side == "head" and (weight.name, weight.axes) == ("weight", "output input"):
+        raise ValueError(f"{what} does not know its heads: say ({_call(manifold)}, 'per head', heads)")
+    if per.side and per.side not in weight.sides:
+        sides = ", ".join(f"'per {side}'" for side in weight.sides)
+        raise ValueError(f"{what} has no side 'per {per.side}'; it has {sides}")
     # Vectors of unit length are possible on every side: there the first one is what is meant.
-    tried = [side] if side else own[:1] if isinstance(manifold, Oblique | Sphere) else own
-    problems = []
-    for each in tried:
-        view = _view(weight, each, manifold)
-        problem = _problem(weight, each, view, manifold, shape)
-        if not problem:
-            return Rule(manifold, view)
-        problems.append(f"per {each}: {problem}")
-    ways = []
-    for each in weight.sides:
-        view = _view(weight, each, manifold)
-        if each not in tried and not _problem(weight, each, view, manifold, shape):
-            ways.append(f"say Per({each!r}, {_call(manifold)}) for {in_words(view, _matrix_shape(view, shape))}")
+    tried = [per.side] if per.side else list(weight.sides)[: 1 if isinstance(manifold, Oblique | Sphere) else None]
+    views = {side: _view(weight, side, manifold) for side in weight.sides}
+    problems = {side: _problem(weight, side, view, manifold, shape) for side, view in views.items()}
+    for side in tried:
+        if not problems[side]:
+            return Rule(manifold, views[side])
+    refused = ", ".join(f"per {side}: {problems[side]}" for side in tried)
+    ways = [
+        f"say 'per {side}' ({_counted(view, shape)})"
+        for side, view in views.items()
+        if side not in tried and not problems[side]
+    ]
     ways.append(f"give {{{name!r}: None}} to leave it free")
-    raise ValueError(f"{what} {', '.join(problems)}; {', or '.join(ways)}")
+    raise ValueError(f"{what} cannot be {manifold.name} {refused}; {', or '.join(ways)}")
 
 
 def _view(weight: _Weight, side: str, manifold: Manifold) -> MatrixView:
     """Return the view whose columns are the vectors of a side."""
     batch, vector, columns = weight.sides[side]
+    noun = columns.split()[-1].rstrip("0123456789") + ("s of a head" if side == "head" else "s")
     if isinstance(manifold, Oblique) and batch == "group":
         batch, columns = "", f"group {columns}"  # unit vectors know of no groups, and one matrix costs less than many
     if isinstance(manifold, Sphere) and side != "head":
         batch, columns = f"{batch} {columns}".strip(), "1"
     grouped = (f"({axes})" if " " in axes else axes for axes in (batch, vector, columns))
     pattern = f"{weight.axes} -> {' '.join(filter(None, grouped))}"
-    return MatrixView(pattern, tuple(weight.sizes.items()) if "(" in pattern else ())
+    return MatrixView(pattern, tuple(weight.sizes.items()) if "(" in pattern else (), noun)
 
 
 def _matrix_shape(view: MatrixView, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -252,15 +253,21 @@ def _problem(weight: _Weight, side: str, view: MatrixView, manifold: Manifold, s
     except Exception:  # einops raises its own class
         sizes = ", ".join(f"{axis} = {size}" for axis, size in view.sizes)
         return f"the shape is not ({weight.axes}){f' with {sizes}' if sizes else ''}"
-    words = in_words(view, matrix_shape)
+    words = _counted(view, shape)
     if side == "token" and weight.zero_token is not None:
         return f"token {weight.zero_token} is padding (padding_idx), a zero vector that has no length"
     try:
         manifold.check_shape(matrix_shape)
     except ValueError as error:
         orthonormal = isinstance(manifold, Stiefel | StiefelCanonical | Grassmann)
-        return f"{words} cannot be orthonormal (more vectors than dimensions)" if orthonormal else f"{words}: {error}"
+        return f"{words} cannot be orthonormal" if orthonormal else f"{words}: {error}"
     return "" if manifold.dimension(matrix_shape) else f"{words} on {manifold.name} have no freedom, nothing to learn"
+
+
+def _counted(view: MatrixView, shape: tuple[int, ...]) -> str:
+    """Return how many vectors there are in a matrix, and of which dimension."""
+    *_, d, p = _matrix_shape(view, shape)
+    return f"{p} {view.vectors} of dimension {d}"
 
 
 def _call(manifold: Manifold) -> str:
@@ -283,10 +290,10 @@ def _said(rule: Rule, shape: tuple[int, ...]) -> str:
     """Return a rule in words."""
     assert rule.view is not None
     seen = ParameterGeometry("", shape, rule.manifold, rule.view, _matrix_shape(rule.view, shape))
-    return f"{rule.manifold.name}, {seen.constraint}"
+    return f"{rule.manifold.name}, {seen.words}"
 
 
-def _weights(name: str, modules: Mapping[str, nn.Module], per: Per | None) -> list[_Weight]:
+def _weights(name: str, modules: Mapping[str, nn.Module], per: _Per) -> list[_Weight]:
     """Return the weights of a module of a known type."""
     module = modules[name]
     if (attention := _attention_of(name, modules)) is not None:
@@ -296,14 +303,20 @@ def _weights(name: str, modules: Mapping[str, nn.Module], per: Per | None) -> li
     if isinstance(module, _ConvNd):
         return [_convolution_weight(module)]
     if isinstance(module, EMBEDDING):
-        sides = {"token": ("", "feature", "token"), "feature": ("", "token", "feature")}
+        token, feature = ("", "feature", "token"), ("", "token", "feature")
+        # A token has a length of its own; to be orthonormal there are usually too many of them.
+        unit = isinstance(per.manifold, Oblique | Sphere)
+        sides = {"token": token, "feature": feature} if unit else {"feature": feature, "token": token}
         return [_Weight("weight", "token feature", {}, sides, zero_token=module.padding_idx)]
+    if isinstance(module, nn.Bilinear):
+        sizes = {"first": module.in1_features, "second": module.in2_features}
+        return [_Weight("weight", "output first second", sizes, {"output": ("", "first second", "output")})]
     if isinstance(module, RECURRENT):
         return _recurrent_weights(module)
-    if per is None or per.heads is None:
-        return [_linear_weight("weight")]
-    sizes = {"head": per.heads}
-    return [_Weight("weight", "(head output) input", sizes, {"head": ("head", "input", "output")})]
+    if per.heads:
+        sides = {"head": ("head", "input", "output")}
+        return [_Weight("weight", "(head output) input", {"head": per.heads}, sides)]
+    return [_linear_weight("weight")]
 
 
 def _linear_weight(name: str) -> _Weight:
@@ -331,22 +344,22 @@ def _convolution_weight(module: _ConvNd) -> _Weight:
     return _Weight("weight", axes, sizes, sides)
 
 
-def _attention_weights(module: Any, per: Per | None, projection: bool) -> list[_Weight]:
+def _attention_weights(module: Any, per: _Per, projection: bool) -> list[_Weight]:
     """Return the weights of queries, keys and values, or of the output projection, whose inputs are the heads'."""
-    if per is not None and per.heads not in (None, module.num_heads):
+    if per.heads not in (0, module.num_heads):
         raise ValueError(f"heads={per.heads}, but the attention has {module.num_heads}; leave heads away")
     heads = {"head": module.num_heads}
     if projection:
         sides = {
+            "head": ("head", "output", "input"),
             "output": ("", "head input", "output"),
             "input": ("", "output", "head input"),
-            "head": ("head", "output", "input"),
         }
         return [_Weight("weight", "output (head input)", heads, sides)]
     sides = {
+        "head": ("head", "input", "output"),
         "output": ("", "input", "head output"),
         "input": ("", "head output", "input"),
-        "head": ("head", "input", "output"),
     }
     if not module._qkv_same_embed_dim:
         return [_Weight(f"{part}_proj_weight", "(head output) input", heads, sides) for part in "qkv"]

@@ -32,6 +32,27 @@ def test_globs_match_case():
         sm.Geometry.from_rules(params_of(W=(4, 2), bias=(4,)), {"w*": sm.Stiefel()})
 
 
+def test_a_name_matches_itself_brackets_and_all():
+    params = {"h[0].w": normal(4, 2), "h0.w": normal(4, 2)}
+    geometry = sm.Geometry.from_rules(params, {"h[0].w": sm.Stiefel()})
+    assert [p.manifold.name for p in geometry.parameters] == ["Stiefel", "Stiefel"]  # and it is a pattern, too
+    with pytest.raises(ValueError, match=r"'h\[1\].w' matches no parameter; .*glob.escape\(name\)"):
+        sm.Geometry.from_rules(params, {"h[1].w": sm.Stiefel()})
+
+
+def test_lazy_parameters_have_no_shape():
+    with pytest.raises(ValueError, match="'weight' of a lazy module has no shape yet"):
+        sm.Geometry.from_rules(dict(torch.nn.LazyLinear(3).named_parameters()), {"weight": sm.Stiefel()})
+
+
+def test_gradients_whose_squares_overflow_are_named():
+    params = {"x": normal(4, 2, dtype=torch.float32)}
+    geometry = sm.Geometry.from_rules(params)
+    geometry.check_gradients({"x": 1e15 * params["x"]})
+    with pytest.raises(ValueError, match=r"gradient of 'x' has entries up to 1e\+20, whose squares overflow"):
+        geometry.check_gradients({"x": torch.full((4, 2), 1e20)})
+
+
 def test_no_parameters_is_an_error():
     with pytest.raises(ValueError, match="there are no parameters"):
         sm.Geometry.from_rules({}, {"x": sm.Stiefel()})
@@ -301,93 +322,3 @@ def test_bad_gradients_are_named():
         geometry.check_gradients({"w": good["w"]})
     with pytest.raises(ValueError, match=r"gradient 'b' has shape \(4,\), the geometry says \(3,\)"):
         geometry.check_gradients({**good, "b": normal(4)})
-
-
-@pytest.mark.parametrize(
-    ("shape", "rule", "words"),
-    [
-        ((3, 60), sm.Oblique(), "unit: 3 rows of 60"),
-        ((3, 60), sm.Rule(sm.Oblique(), sm.MatrixView()), "unit: 60 columns of 3"),
-        ((60, 3), sm.Stiefel(), "orthonormal: 3 columns of 60"),
-        ((60, 3), sm.Rule(sm.Oblique(), sm.MatrixView("token feature -> feature token")), "unit: 60 tokens of 3"),
-        ((2, 3, 6), sm.StiefelCanonical(), "orthonormal: 2 x 3 rows of 6"),
-        ((2, 6, 3), sm.Grassmann(), "orthonormal: 2 x 3 columns of 6"),
-        ((4, 2, 3, 3), sm.Stiefel(), "orthonormal: 4 filters of 18"),
-        ((32, 2, 3, 3), sm.Stiefel(), "orthonormal: 18 taps of 32"),
-        ((12, 16), sm.Rule(sm.Stiefel(), sm.MatrixView.heads(4)), "orthonormal: 4 heads x 3 outputs of 16"),
-        ((12, 16), sm.Rule(sm.Oblique(), sm.MatrixView("(h k) m -> h m k", (("h", 2),))), "unit: 2 x 6 columns of 16"),
-        ((2, 3, 4), sm.Rule(sm.Oblique(), sm.MatrixView("... a b -> ... b a")), "unit: 2 x 3 columns of 4"),
-        ((5,), sm.Sphere(), "unit: 1 column of 5"),
-        ((3, 5), sm.Sphere(), "unit norm: 5 x 3"),
-        ((4, 4), sm.Orthogonal(), "orthogonal: 4 columns of 4"),
-        ((4, 4), sm.SPD(), "positive definite: 4 x 4"),
-        ((4, 4), sm.Euclidean(), ""),
-        ((5, 2), sm.Product((sm.Stiefel(), sm.Euclidean()), (3, 2)), "2 columns of 5"),
-    ],
-)  # fmt: skip
-def test_what_holds_is_said_in_words(shape, rule, words):
-    geometry = sm.Geometry.from_rules({"w": torch.zeros(shape)}, {"w": rule})
-    assert geometry.parameters[0].constraint == words
-    header, row, _ = geometry.summary().splitlines()
-    assert header.endswith("constraint")
-    assert row.endswith(words)
-    assert row.index(words) == header.index("constraint") or not words
-    if words and len(shape) > 1:
-        start = words.rindex(":") + 2 if ":" in words else 0
-        assert geometry.stacked(2).parameters[0].constraint == f"{words[:start]}2 x {words[start:]}"
-
-
-def test_an_error_says_when_a_matrix_is_seen_transposed():
-    points = {"points": torch.nn.functional.normalize(normal(3, 60), dim=0)}
-    message = (
-        "from geometry.project(params) or geometry.initialize(...); it is seen as 60 x 3 (transposed, since wide "
-        "matrices are: its rows are the columns); if its columns are meant, give Rule(Oblique(), MatrixView())"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        sm.Geometry.from_rules(points, {"points": sm.Oblique()}).check_feasible(points)
-    for view in (sm.MatrixView(), sm.MatrixView("d p -> d p")):
-        geometry = sm.Geometry.from_rules(points, {"points": sm.Rule(sm.Oblique(), view)})
-        assert geometry.parameters[0].matrix_shape == (3, 60)
-        geometry.check_feasible(points)
-        with pytest.raises(ValueError, match="'points' is not on Oblique"):
-            geometry.check_feasible({"points": 2 * points["points"]})
-    batch = {"w": normal(2, 3, 6)}
-    with pytest.raises(ValueError, match=r"is seen as 2 x 6 x 3 \(transposed, since .* are the columns\)$"):
-        sm.Geometry.from_rules(batch, {"w": sm.Stiefel()}).check_feasible(batch)
-    filters = {"w": normal(4, 2, 3, 3)}
-    with pytest.raises(ValueError, match=r"; it is seen as 18 x 4, orthonormal: 4 filters of 18$"):
-        sm.Geometry.from_rules(filters, {"w": sm.Stiefel()}).check_feasible(filters)
-    plain = {"w": normal(6, 2)}
-    with pytest.raises(ValueError, match=r"initialize\(\.\.\.\)$"):
-        sm.Geometry.from_rules(plain, {"w": sm.Stiefel()}).check_feasible(plain)
-
-
-def test_a_name_with_brackets_is_itself():
-    params = {"h[0].w": normal(4, 2), "h0.w": normal(4, 2), "b": normal(3)}
-
-    def manifolds(rules):
-        return [p.manifold for p in sm.Geometry.from_rules(params, rules).parameters]
-
-    curved, flat = sm.Stiefel(), sm.Euclidean()
-    assert manifolds({"h[0].w": curved}) == [curved, flat, flat]
-    assert manifolds({"h[[]0].w": curved}) == [curved, flat, flat]
-    assert manifolds({"h[0-9].w": curved}) == [flat, curved, flat]
-    assert manifolds({"h[0].w": curved, "*.w": sm.Oblique()}) == [curved, sm.Oblique(), flat]
-    assert manifolds({"*.w": sm.Oblique(), "h[0].w": curved}) == [sm.Oblique(), sm.Oblique(), flat]  # the first counts
-    message = (
-        r"rule 'h\[1\]\.w' matches no parameter; .* h0\.w, b; brackets stand for one of the letters in them, glob\.esc"
-    )
-    with pytest.raises(ValueError, match=message):
-        manifolds({"h[1].w": curved})
-    with pytest.raises(ValueError, match=r"the names are h\[0\]\.w, h0\.w, b$"):
-        manifolds({"x": curved})
-
-
-def test_lazy_modules_have_no_shapes():
-    model = torch.nn.LazyLinear(3)
-    with pytest.raises(
-        ValueError, match="parameter 'weight' of a lazy module has no shape yet: call the model once first"
-    ):
-        sm.Geometry.from_rules(dict(model.named_parameters()), {"weight": sm.Stiefel()})
-    model(torch.randn(2, 5))
-    assert sm.Geometry.from_rules(dict(model.named_parameters()), {"weight": sm.Stiefel()}).names == ("weight", "bias")

@@ -40,6 +40,7 @@ from subspace_meta.evaluation import protocol
 from subspace_meta.evaluation.protocol import (
     BASELINES,
     TIE,
+    UNTUNED,
     Baseline,
     Curves,
     EvaluationTask,
@@ -55,6 +56,7 @@ from subspace_meta.tasks import references
 from subspace_meta.tasks.suite import SuiteTask
 
 FOLDER = Path(__file__).parent / "archive"
+KEPT = BASELINES + UNTUNED  # what has a cell on every task on which it is defined
 SEEDS = 5
 DECIMALS = 4
 TENSORS = ("log_excess", "metric", "violation", "envelope", "curves", "initial")  # fields of a cell that are tensors
@@ -101,6 +103,13 @@ class Cell:
     def score(self, step: int) -> float:
         """Return the mean log excess over seeds at a checkpoint, at the best rate there."""
         return float(self.log_excess[self.best(step), :, self.checkpoints.index(step)].mean())
+
+    def score_at(self, rate: float, step: int) -> float:
+        """Return the mean log excess over seeds at a checkpoint, at one of the rates."""
+        index = min(range(len(self.rates)), key=lambda i: abs(math.log(self.rates[i] / rate)))
+        if not math.isclose(self.rates[index], rate, rel_tol=1e-3):
+            raise ValueError(f"rate {rate:g} was not run; there are {', '.join(f'{r:.3g}' for r in self.rates)}")
+        return float(self.log_excess[index, :, self.checkpoints.index(step)].mean())
 
     def objective(self, step: int) -> Tensor:
         """Return the objective at a checkpoint at the best rate there, ``(seeds,)``."""
@@ -245,7 +254,7 @@ def load(row: str, folder: Path = FOLDER) -> dict[str, Cell]:
 
 def save(row: str, cells: dict[str, Cell], folder: Path = FOLDER) -> None:
     """Write the cells of a task, whole or not at all."""
-    order = [baseline.name for baseline in BASELINES]
+    order = [baseline.name for baseline in KEPT]
     described = {
         name: {
             "code": cell.code,
@@ -265,25 +274,29 @@ def save(row: str, cells: dict[str, Cell], folder: Path = FOLDER) -> None:
 
 
 def missing(
-    tasks: Sequence[SuiteTask], baselines: Sequence[Baseline] = BASELINES, folder: Path = FOLDER
+    tasks: Sequence[SuiteTask], baselines: Sequence[Baseline] = KEPT, folder: Path = FOLDER
 ) -> list[tuple[SuiteTask, Baseline]]:
     """Return what is missing or stale, of available tasks and methods that are defined on them; small tasks first."""
     available = sorted((task for task in tasks if task.available), key=lambda t: t.horizon * entries(t.family.problem))
     return [(task, b) for task in available for b in lacking(task, load(task.row, folder), baselines)]
 
 
-def lacking(task: SuiteTask, cells: Mapping[str, Cell], baselines: Sequence[Baseline] = BASELINES) -> list[Baseline]:
+def lacking(task: SuiteTask, cells: Mapping[str, Cell], baselines: Sequence[Baseline] = KEPT) -> list[Baseline]:
     """Return the baselines that are defined on a task and have no cell, or one that other code made."""
     defined = [baseline for baseline in baselines if baseline.defined_on(task.family.problem.geometry)]
     return [b for b in defined if b.name not in cells or cells[b.name].code != code_hash(task, b)]
 
 
 def make_cell(task: SuiteTask, baseline: Baseline) -> Cell:
-    """Tune one baseline on one task."""
+    """Tune one baseline on one task; one that needs no tuning is run at its default."""
     torch.set_num_threads(1)
-    return cell_of(
-        tune(EvaluationTask(task.row, task.family), baseline, SEEDS, task.horizon), code_hash(task, baseline)
-    )
+    drawn = EvaluationTask(task.row, task.family)
+    if baseline in UNTUNED:
+        assert baseline.default is not None
+        curves = evaluate_rates(drawn, baseline.make, (baseline.default,), SEEDS, task.horizon, baseline.feasible)
+    else:
+        curves = tune(drawn, baseline, SEEDS, task.horizon)
+    return cell_of(curves, code_hash(task, baseline))
 
 
 CONFIRMED = 50  # steps that a stale cell is run again
@@ -317,7 +330,7 @@ def confirm(task: SuiteTask, baseline: Baseline, cell: Cell) -> Cell | None:
 
 def _make_named(task: SuiteTask, name: str, stored: Cell | None) -> tuple[Cell, bool]:
     """Confirm or tune by the baseline's name, what a worker process is told; and say whether it was confirmed."""
-    baseline = next(baseline for baseline in BASELINES if baseline.name == name)
+    baseline = next(baseline for baseline in KEPT if baseline.name == name)
     confirmed = confirm(task, baseline, stored) if stored is not None else None
     return (make_cell(task, baseline), False) if confirmed is None else (confirmed, True)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.archive import Cell, smoothed_minimum
-from subspace_meta.evaluation.protocol import FLOOR, TIE, Curves, EvaluationTask, run_untuned
+from subspace_meta.evaluation.protocol import BASELINES, FLOOR, TIE, UNTUNED, Curves, EvaluationTask, run_untuned
 from subspace_meta.evaluation.report import environment
 from subspace_meta.evaluation.scores import bootstrap_interval, interquartile_mean, performance_profile, speed_up
 from subspace_meta.evaluation.timing import interleaved
@@ -68,13 +68,25 @@ class TaskResult:
         return float(self.curves.at(step).mean())
 
     def best(self, step: int) -> tuple[str, float]:
-        """Return the best baseline at a step, at its best rate there, and its mean log excess."""
-        name = min(self.cells, key=lambda name: self.cells[name].score(step))
+        """Return the best tuned baseline at a step, at its best rate there, and its mean log excess."""
+        untuned = {baseline.name for baseline in UNTUNED}
+        name = min(self.cells.keys() - untuned, key=lambda name: self.cells[name].score(step))
         return name, self.cells[name].score(step)
 
-    def verdict(self, step: int) -> str:
-        """Return ``"better"``, ``"tie"`` (within 0.02, or both at the floor of float32) or ``"worse"``."""
-        ours, best = self.score(step), self.best(step)[1]
+    def untuned(self, step: int) -> dict[str, float]:
+        """Return the mean log excess of every method with a published default, at that default."""
+        return {
+            baseline.name: self.cells[baseline.name].score_at(baseline.default, step)
+            for baseline in BASELINES + UNTUNED
+            if baseline.default is not None and baseline.name in self.cells
+        }
+
+    def verdict(self, step: int, best: float | None = None) -> str:
+        """Return ``"better"``, ``"tie"`` (within 0.02, or both at the floor of float32) or ``"worse"``.
+
+        Beside the best tuned baseline, or the mean log excess ``best``.
+        """
+        ours, best = self.score(step), self.best(step)[1] if best is None else best
         floor = math.log(FLOOR) + 0.5
         if abs(ours - best) <= TIE or (ours <= floor and best <= floor):
             return "tie"
@@ -122,6 +134,7 @@ class TaskResult:
             ],
             "baselines": {name: [cell.score(step) for step in self.compared] for name, cell in self.cells.items()},
             "verdict": [self.verdict(step) for step in self.compared],
+            "untuned": [self.untuned(step) for step in self.compared],
             "speed_up": speed.tolist(),
             "speed_up_is_lower_bound": censored,
             "seconds_per_step": {"optimizer": self.seconds[0], PEER: self.seconds[1]},
@@ -148,6 +161,17 @@ class Comparison:
         """Return on how many tasks the optimizer is no worse than the best baseline at a step, and of how many."""
         chosen = [r for r in (self.results if results is None else results) if step in r.compared]
         return sum(r.verdict(step) != "worse" for r in chosen), len(chosen)
+
+    def beside_untuned(self, name: str, step: int) -> tuple[int, int]:
+        """Return on how many tasks the optimizer is no worse at a step than an untuned method, and of how many.
+
+        Named ``""`` it is the best of them on each task.
+        """
+        verdicts = []
+        for result in self.results:
+            if step in result.compared and (found := result.untuned(step)) and (not name or name in found):
+                verdicts.append(result.verdict(step, found[name] if name else min(found.values())))
+        return sum(verdict != "worse" for verdict in verdicts), len(verdicts)
 
     def speed(
         self, in_seconds: bool = False, results: Sequence[TaskResult] | None = None
@@ -186,6 +210,9 @@ class Comparison:
             return {
                 "tasks": len(results),
                 "no_worse": {str(step): list(self.no_worse(step, results)) for step in steps},
+                "no_worse_than_untuned": {
+                    str(step): list(Comparison(self.name, tuple(results)).beside_untuned("", step)) for step in steps
+                },
                 "speed_up_steps": list(self.speed(results=results)),
                 "speed_up_cpu_seconds": list(self.speed(True, results)),
             }
@@ -256,10 +283,9 @@ def compare(
 
 
 def doubts(results: Sequence[TaskResult]) -> list[str]:
-    """Return a sentence for each task whose tuned baselines are not all there, or were made by other code."""
+    """Return a sentence for each task whose baselines are not all there, or were made by other code."""
     return [
-        f"{r.task.row}: {count} of the tuned baselines are missing or were made by other code (archive --dry-run lists "
-        "them)"
+        f"{r.task.row}: {count} of the baselines are missing or were made by other code (archive --dry-run lists them)"
         for r in results
         if (count := len(archive.lacking(r.task, r.cells)))
     ]

@@ -7,8 +7,9 @@ import html
 from collections.abc import Sequence
 
 from subspace_meta.evaluation import predecessor
-from subspace_meta.evaluation.comparison import PEER, Comparison, TaskResult
+from subspace_meta.evaluation.comparison import COMPARED, PEER, Comparison, TaskResult
 from subspace_meta.evaluation.plots import plot_predecessor, plot_profile, plot_tasks
+from subspace_meta.evaluation.protocol import BASELINES, UNTUNED
 from subspace_meta.evaluation.report import environment, in_words
 
 Table = tuple[list[str], list[list[str]]]
@@ -76,6 +77,46 @@ def losses(comparison: Comparison) -> Table:
     return header, rows
 
 
+def untuned(comparison: Comparison) -> Table:
+    """Return on how many tasks the optimizer is no worse than each method at its published default."""
+    steps = sorted({step for result in comparison.results for step in result.compared})
+    header = ["nothing tuned", "rate", "from", *(f"no worse @{step}" for step in steps)]
+
+    def shares(name: str) -> list[str]:
+        counts = [comparison.beside_untuned(name, step) for step in steps]
+        return [f"{count}/{of}" if of else "" for count, of in counts]
+
+    there = {name for result in comparison.results for name in result.cells}
+    rows = [
+        [baseline.name, f"{baseline.default:g}", baseline.source, *shares(baseline.name)]
+        for baseline in BASELINES + UNTUNED
+        if baseline.default is not None and baseline.name in there
+    ]
+    return header, [*rows, ["the best of them on each task", "", "", *shares("")]]
+
+
+def gaps(comparison: Comparison) -> Table:
+    """Return how far each task is from the best tuned baseline, the widest gap first: a row that fits a console."""
+    header = ["log excess less the best tuned", *(f"@{step}" for step in COMPARED), "most to"]
+
+    def widest(result: TaskResult) -> tuple[float, str]:
+        steps = [step for step in COMPARED if step in result.compared]
+        return max((result.score(step) - result.best(step)[1], result.best(step)[0]) for step in steps)
+
+    rows = [
+        [
+            result.task.row[:44],
+            *(
+                f"{result.score(step) - result.best(step)[1]:+.2f}" if step in result.compared else ""
+                for step in COMPARED
+            ),
+            widest(result)[1],
+        ]
+        for result in sorted(comparison.results, key=lambda result: -widest(result)[0])
+    ]
+    return header, rows
+
+
 def figures(comparison: Comparison) -> Table:
     """Return each task's own figure of merit, beside that of the baseline that is best in loss at the last step."""
     header = ["task", "figure", "steps", "this optimizer", "best baseline in loss", "its figure"]
@@ -116,7 +157,13 @@ def preamble(comparison: Comparison) -> list[str]:
     ]
 
 
-SECTIONS = (("Summary", summary), ("Losses", losses), ("Figures of merit", figures))
+SECTIONS = (
+    ("Summary", summary),
+    ("Nothing tuned", untuned),
+    ("Where most is lost", gaps),
+    ("Losses", losses),
+    ("Figures of merit", figures),
+)
 
 
 PREDECESSOR = "Beside the matrix LSTM"

@@ -21,7 +21,20 @@ import torch
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.optimizers import POGO, RASA, RSDM, RSGD, SPEL, CRMSProp, Landing, RAdam
+from subspace_meta.optimizers import (
+    POGO,
+    RASA,
+    RSDM,
+    RSGD,
+    SPEL,
+    CRMSProp,
+    Landing,
+    ManifoldMuon,
+    RAdaGD,
+    RAdam,
+    RAdGD,
+    RDoG,
+)
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import TaskFamily
 
@@ -59,11 +72,15 @@ class Baseline:
         make: ``(geometry, learning rate) -> optimizer``; raises ``ValueError`` where the method is not defined.
         feasible: whether its iterates lie on the manifold. Those of another method are measured at the nearest point
             of it; the violation that is reported is that of the iterate itself.
+        default: the learning rate that a user has who gives none; ``None`` where nobody has published one.
+        source: of the default.
     """
 
     name: str
     make: Callable[[Geometry, Tensor], Optimizer]
     feasible: bool = True
+    default: float | None = None
+    source: str = ""
 
     def defined_on(self, geometry: Geometry) -> bool:
         """Return whether the method is defined on every parameter of ``geometry``."""
@@ -79,21 +96,39 @@ def half_of_the_rows(geometry: Geometry, lr: Tensor) -> Optimizer:
     return RSDM(geometry, lr, max(2, min(group.shape[-2] for group in geometry.groups) // 2))
 
 
+SGD, ADAM = "torch.optim.SGD", "Kingma and Ba, 2015; geoopt"
+
 BASELINES = (
-    Baseline("RSGD", lambda geometry, lr: RSGD(geometry, lr)),
-    Baseline("RSGD-momentum", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9)),
-    Baseline("RSGD-Nesterov", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9, nesterov=True)),
-    Baseline("RAdam", lambda geometry, lr: RAdam(geometry, lr)),
-    Baseline("RAMSGrad", lambda geometry, lr: RAdam(geometry, lr, amsgrad=True)),
+    Baseline("RSGD", lambda geometry, lr: RSGD(geometry, lr), default=1e-3, source=SGD),
+    Baseline("RSGD-momentum", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9), default=1e-3, source=SGD),
+    Baseline(
+        "RSGD-Nesterov", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9, nesterov=True), default=1e-3, source=SGD
+    ),
+    Baseline("RAdam", lambda geometry, lr: RAdam(geometry, lr), default=1e-3, source=ADAM),
+    Baseline("RAMSGrad", lambda geometry, lr: RAdam(geometry, lr, amsgrad=True), default=1e-3, source=ADAM),
     Baseline("RASA-L", lambda geometry, lr: RASA(geometry, lr, variant="L")),
     Baseline("RASA-R", lambda geometry, lr: RASA(geometry, lr, variant="R")),
     Baseline("RASA-LR", lambda geometry, lr: RASA(geometry, lr)),
     Baseline("RASA-LR decaying", lambda geometry, lr: RASA(geometry, lr, decay=True)),
-    Baseline("cRMSProp", lambda geometry, lr: CRMSProp(geometry, lr)),
+    Baseline("cRMSProp", lambda geometry, lr: CRMSProp(geometry, lr), default=1e-2, source="torch.optim.RMSprop"),
     Baseline("landing", lambda geometry, lr: Landing(geometry, lr), feasible=False),
     Baseline("POGO", lambda geometry, lr: POGO(geometry, lr), feasible=False),
     Baseline("RSDM", half_of_the_rows),
     Baseline("SPEL", lambda geometry, lr: SPEL(geometry, lr)),
+)
+# Methods that need no tuning, as they were published: run at their default alone.
+UNTUNED = (
+    Baseline("RDoG", lambda geometry, lr: RDoG(geometry, lr), default=1.0, source="Dodd et al., 2024"),
+    Baseline("RDoWG", lambda geometry, lr: RDoG(geometry, lr, "RDoWG"), default=1.0, source="Dodd et al., 2024"),
+    Baseline("NRDoG", lambda geometry, lr: RDoG(geometry, lr, "NRDoG"), default=1.0, source="Dodd et al., 2024"),
+    Baseline("RAdaGD", lambda geometry, lr: RAdaGD(geometry, lr), default=1.0, source="ICLR 2026"),
+    Baseline("RAdGD", lambda geometry, lr: RAdGD(geometry, lr), default=1.0, source="arXiv 2504.16724"),
+    Baseline(
+        "manifold Muon",
+        lambda geometry, lr: ManifoldMuon(geometry, lr),
+        default=0.1,
+        source="Bernstein, 2025, its code",
+    ),
 )
 # What a run of a few minutes is compared with: the best of the plain, the adaptive and the row and column methods.
 QUICK_BASELINES = tuple(b for b in BASELINES if b.name in ("RSGD-momentum", "RAdam", "RASA-LR"))

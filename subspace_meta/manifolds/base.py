@@ -33,6 +33,11 @@ class Manifold(abc.ABC):
         return type(self).__name__
 
     @property
+    def vectors(self) -> str:
+        """What the columns of a point are, in a word: "orthonormal", "unit"; empty where they are nothing special."""
+        return ""
+
+    @property
     def retraction_order(self) -> float:
         """The proven order of :meth:`retract`: the largest k with dist(R_x(tv), Exp_x(tv)) = O(t^(k+1)).
 
@@ -44,6 +49,12 @@ class Manifold(abc.ABC):
     def isometric_transport(self) -> bool:
         """Whether :meth:`transport` keeps inner products."""
         return False
+
+    @property
+    def has_distance(self) -> bool:
+        """Whether there is a :meth:`distance`."""
+        mine = type(self)
+        return mine.distance is not Manifold.distance or mine.squared_distance is not Manifold.squared_distance
 
     @abc.abstractmethod
     def check_shape(self, shape: tuple[int, ...]) -> None:
@@ -108,12 +119,33 @@ class Manifold(abc.ABC):
         raise NotImplementedError(f"{self.name} has no closed logarithm here")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the geodesic distance, of shape ``(...)``.
+        """Return the geodesic distance, of shape ``(...)``. Its derivative at equal points, where it has none, is 0.
 
         Raises:
             NotImplementedError: no closed form is known or implemented.
         """
-        raise NotImplementedError(f"{self.name} has no closed distance here")
+        return root(self.squared_distance(x, y))
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared geodesic distance, ``(...)``: smooth at equal points, its Hessian is twice the metric.
+
+        A manifold that has :meth:`distance` only gives its square, which is not.
+
+        Raises:
+            NotImplementedError: no closed form is known or implemented.
+        """
+        if type(self).distance is Manifold.distance:
+            raise NotImplementedError(f"{self.name} has no closed distance here")
+        return self.distance(x, y).square()
+
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the length of ``v`` in the metric, of shape ``(...)``; its derivative at 0 is 0.
+
+        No square overflows or vanishes while the entries do not.
+        """
+        v = v.to(x.dtype)
+        scale = power_of_two(v)
+        return root(self.inner(x, v / scale, v / scale)) * scale[..., 0, 0]
 
     def random_tangent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a tangent vector at ``x``: the projection of a standard normal matrix."""
@@ -204,6 +236,12 @@ def subtract_product(v: Tensor, x: Tensor, a: Tensor, factor: float = 1.0) -> Te
     if v.ndim == 2 and x.ndim == 2:
         return torch.addmm(v, x, a, alpha=-factor)
     return v - x @ (factor * a)
+
+
+def root(squares: Tensor) -> Tensor:
+    """Return the square root of what is not negative, with derivative 0 at 0."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0 * squares)
 
 
 def trace(a: Tensor) -> Tensor:

@@ -242,12 +242,13 @@ def check_self_adjointness(sample: Sample) -> CheckResult:
 
 
 def check_metric(sample: Sample) -> CheckResult:
-    """The metric is symmetric, bilinear and positive on tangents."""
+    """The metric is symmetric, bilinear and positive on tangents, and the norm is its root."""
     m, x, u, v = sample.manifold, sample.x, sample.u, sample.v
     errors = [
         difference(m.inner(x, u, v), m.inner(x, v, u)),
         difference(m.inner(x, 2.0 * u - 3.0 * v, v), 2.0 * m.inner(x, u, v) - 3.0 * m.inner(x, v, v)),
         0.0 if bool((m.inner(x, v, v) > 0).all()) else math.inf,
+        difference(m.norm(x, v).square(), m.inner(x, v, v)),
     ]
     return CheckResult("metric", _largest(errors), sample.tolerance)
 
@@ -374,7 +375,10 @@ def check_exponential(sample: Sample) -> CheckResult:
 
 
 def check_logarithm(sample: Sample) -> CheckResult:
-    """log inverts exp on short tangents and exp inverts log; |log y| is the distance, which is symmetric."""
+    """log inverts exp on short tangents and exp inverts log; |log y| is the distance, which is symmetric.
+
+    The squared distance is its square.
+    """
     m, x, v, name = sample.manifold, sample.x, 0.5 * sample.v, "logarithm"
     try:
         y = m.exp(x, v)
@@ -387,6 +391,7 @@ def check_logarithm(sample: Sample) -> CheckResult:
         difference(m.inner(x, back, back).sqrt(), distance),
         difference(m.distance(y, x), distance),
         difference(distance, m.inner(x, v, v).sqrt()),
+        difference(m.squared_distance(x, y), distance.square()),
     ]
     return CheckResult(name, _largest(errors), sample.tolerance)
 

@@ -51,8 +51,9 @@ class Euclidean(Manifold):
         return x + v
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Return ``v``: all tangent spaces are one."""
-        return v.to(x.dtype)
+        """Return ``v``, as often as there are points: all tangent spaces are one."""
+        carried: Tensor = torch.broadcast_tensors(v.to(x.dtype), y)[0]  # type: ignore[no-untyped-call]
+        return carried
 
     def exp(self, x: Tensor, v: Tensor) -> Tensor:
         """Return X + V."""
@@ -62,10 +63,14 @@ class Euclidean(Manifold):
         """Return Y - X."""
         return y - x
 
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared Frobenius norm of Y - X."""
+        apart = y - x
+        return embedded_inner(x, apart, apart)
+
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of Y - X."""
-        distance: Tensor = torch.linalg.matrix_norm(y - x)
-        return distance
+        """Return the Frobenius norm of Y - X; no square overflows."""
+        return self.norm(x, y - x)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return ``x``."""

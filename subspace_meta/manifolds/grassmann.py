@@ -33,6 +33,11 @@ class Grassmann(Manifold):
         object.__setattr__(self, "_bounded", self.retraction.on_grassmann())
 
     @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
+
+    @property
     def retraction_order(self) -> float:
         """The order of the retraction's span."""
         return self.retraction.grassmann_order
@@ -72,7 +77,7 @@ class Grassmann(Manifold):
         return canonical_geodesic(x, v.to(x.dtype))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the horizontal lift at ``x`` of the shortest geodesic to the span of ``y``.
+        """Return the lift at ``x`` of the shortest geodesic to the span of ``y``; at a right angle of one of them.
 
         With X^T Y = P cos(T) Q^T it is (I - XX^T) Y Q (T / sin T) P^T (Edelman, Arias, Smith 1998, theorem 2.3,
         rewritten). Not for differentiated paths: it uses an SVD.
@@ -81,10 +86,9 @@ class Grassmann(Manifold):
         ratio = torch.where(angles > 0, angles / angles.sin().clamp(min=torch.finfo(x.dtype).tiny), 1.0)
         return (normal * ratio[..., None, :]) @ left.mT
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of squared principal angles. Not for differentiated paths."""
-        distance: Tensor = torch.linalg.vector_norm(_principal_angles(x, y)[-1], dim=-1)
-        return distance
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of squared principal angles. Not for differentiated paths."""
+        return _principal_angles(x, y)[-1].square().sum(dim=-1)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor: an orthonormal basis of the same span."""

@@ -20,9 +20,9 @@ from subspace_meta.manifolds.sphere import (
     nearest_unit,
     normalized,
     parallel_transport,
-    sphere_angle,
     sphere_log,
     sphere_projection,
+    squared_angle,
     unit_error,
 )
 
@@ -37,6 +37,11 @@ class Oblique(Manifold):
     """
 
     retraction: SphereRetraction = field(default=Normalization())
+
+    @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "unit"
 
     @property
     def retraction_order(self) -> float:
@@ -82,13 +87,12 @@ class Oblique(Manifold):
         return great_circle(x, v.to(x.dtype), COLUMN)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the shortest tangent to ``y``; undefined where a column meets its antipode."""
+        """Return the shortest tangent to ``y``; where a column meets its antipode, one of the shortest."""
         return sphere_log(x, y, COLUMN)
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of the squared angles between the columns."""
-        distance: Tensor = torch.linalg.vector_norm(sphere_angle(x, y, COLUMN)[..., 0, :], dim=-1)
-        return distance
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the squared angles between the columns."""
+        return squared_angle(x, y, COLUMN)[..., 0, :].sum(dim=-1)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the matrix with normalised columns; a zero column goes to the first basis vector."""

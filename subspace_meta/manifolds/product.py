@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold
+from subspace_meta.manifolds.base import Manifold, root
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,16 @@ class Product(Manifold):
         """Take every factor's logarithm."""
         return self._join([factor.log(*block) for factor, block in self._split((x, y))])
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of the factors' squared distances."""
-        distances = torch.stack([factor.distance(*block) for factor, block in self._split((x, y))])
-        distance: Tensor = torch.linalg.vector_norm(distances, dim=0)
-        return distance
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of the factors' squared distances."""
+        return torch.stack([factor.squared_distance(*block) for factor, block in self._split((x, y))]).sum(dim=0)
+
+    def norm(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return the root of the sum of the factors' squared norms."""
+        norms = torch.stack([factor.norm(*block) for factor, block in self._split((x, v))])
+        largest = norms.detach().amax(dim=0)
+        largest = torch.where(largest > 0, largest, 1.0)
+        return root((norms / largest).square().sum(dim=0)) * largest
 
     def nearest(self, x: Tensor) -> Tensor:
         """Take the nearest point block by block."""

@@ -18,6 +18,7 @@ from subspace_meta.manifolds.orthogonal import (
     rotation_exp,
     rotation_log,
     rotation_projection,
+    squared_rotation_distance,
 )
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz
 from subspace_meta.manifolds.stiefel import random_orthonormal
@@ -31,6 +32,11 @@ class Rotations(Manifold):
     """
 
     retraction: OrthonormalRetraction = field(default=PolarNewtonSchulz())
+
+    @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
 
     @property
     def retraction_order(self) -> float:
@@ -75,13 +81,12 @@ class Rotations(Manifold):
         return rotation_exp(x, v)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return X log(X^T Y), undefined where an angle is pi. Not for differentiated paths."""
+        """Return X log(X^T Y); one of the shortest where an angle is pi. Not for differentiated paths."""
         return rotation_log(x, y)
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(X^T Y)."""
-        distance: Tensor = torch.linalg.matrix_norm(rotation_log(x, y))
-        return distance
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared Frobenius norm of log(X^T Y). Not for differentiated paths."""
+        return squared_rotation_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest rotation: the polar factor, its weakest direction turned over if the determinant asks."""

@@ -24,6 +24,8 @@ from subspace_meta.manifolds.base import (
     euclidean_inner,
     identity_like,
     normal_like,
+    power_of_two,
+    root,
     spectral_bound,
     symmetric_part,
     trace,
@@ -62,15 +64,6 @@ def whiten(factor: Tensor, v: Tensor) -> Tensor:
     return symmetric_part(torch.linalg.solve_triangular(factor, half.mT, upper=False))
 
 
-def _power_of_two(a: Tensor) -> Tensor:
-    """Return the power of two up to the largest absolute entry, a constant ``(..., 1, 1)``: dividing by it is exact.
-
-    1 for a matrix that is 0.
-    """
-    largest = a.detach().abs().amax(dim=(-2, -1), keepdim=True)
-    return torch.exp2(torch.where(largest == 0, 1.0, largest).log2().floor())
-
-
 def _in_range(v: Tensor) -> tuple[Tensor, Tensor | float]:
     """Return V / c and the constant c >= 1, of shape ``(..., 1, 1)`` or a number, such that no entry is above 2.
 
@@ -78,7 +71,7 @@ def _in_range(v: Tensor) -> tuple[Tensor, Tensor | float]:
     """
     if known_true(v.detach().abs().amax() < 2.0):
         return v, 1.0
-    size = _power_of_two(v).clamp(min=1.0)
+    size = power_of_two(v).clamp(min=1.0)
     return v / size, size
 
 
@@ -146,7 +139,7 @@ def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: f
     if bound is None or not known_true(torch.isfinite(bound)):
         # Entries of size 1, so that squares neither overflow nor vanish. The entries of a short step stay below that:
         # dividing them by something tiny would give derivatives that overflow before they meet their factor 0.
-        scale = torch.maximum(_power_of_two(e), torch.as_tensor(1.0 / size))
+        scale = torch.maximum(power_of_two(e), torch.as_tensor(1.0 / size))
         e = e / scale
         bound = spectral_bound(e @ e).sqrt()
     length = (max_norm / bound).clamp(max=size * scale)
@@ -260,12 +253,6 @@ class _Pair:
         return logs, logarithm_difference(logs, n + n.mT + n @ n.mT)
 
 
-def _root(squares: Tensor) -> Tensor:
-    """Return the square root, with derivative 0 at 0."""
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
-
-
 @dataclass(frozen=True)
 class SPD(Manifold):
     """Symmetric positive definite matrices, affine-invariant metric. Parallel transport: isometric.
@@ -321,8 +308,8 @@ class SPD(Manifold):
         v, size = _in_range(v.to(x.dtype))
         whitened = torch.linalg.solve_triangular(factor, v, upper=False).mT
         whitened = torch.linalg.solve_triangular(factor, whitened, upper=False)
-        scale = _power_of_two(whitened)
-        return (_root((whitened / scale).square().sum(dim=(-2, -1), keepdim=True)) * scale * size)[..., 0, 0]
+        scale = power_of_two(whitened)
+        return (root((whitened / scale).square().sum(dim=(-2, -1), keepdim=True)) * scale * size)[..., 0, 0]
 
     def transport(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Carry ``v`` along the geodesic to ``y``: B V B^T, B = (Y M^{-1})^{1/2}.
@@ -350,10 +337,6 @@ class SPD(Manifold):
         """Return |log(L^{-1} Y L^{-T})|_F^2; three right derivatives, also at equal points."""
         logs, difference = _Pair.of(x, y).logarithm()
         return (torch.diag_embed(logs) + difference).square().sum(dim=(-2, -1))
-
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return |log(L^{-1} Y L^{-T})|_F; at equal points, where it has no derivative, it gives 0."""
-        return _root(self.squared_distance(x, y))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return sym(X) with eigenvalues raised to 1e-6 times the largest in float64 (1e-4 in float32).
@@ -402,5 +385,5 @@ class SPD(Manifold):
 
     def from_coordinates(self, x: Tensor, v: Tensor) -> Tensor:
         """Return S V S."""
-        root = symmetric_square_root(x)
-        return root @ v.to(x.dtype) @ root
+        half = symmetric_square_root(x)
+        return half @ v.to(x.dtype) @ half

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subspace_meta._tracing import known_true
-from subspace_meta.manifolds.base import Manifold, embedded_inner, without_rounding
+from subspace_meta.manifolds.base import Manifold, embedded_inner, root, without_rounding
 
 MATRIX = (-2, -1)
 
@@ -125,35 +125,69 @@ def sphere_projection(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - <Y, V> (X + Y) / (1 + <X, Y>).
+    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - 2 <S, V> S / |S|^2, S = X + Y.
 
-    Isometric. The circle is not unique for Y = -X; there the result is finite and no more.
+    A reflection, which sends X to -Y: isometric to rounding however near to the antipode ``y`` is. At Y = -X the circle
+    is not unique, and V stays as it is: it is tangent there.
     """
     v = v.to(x.dtype)
-    opening = (1.0 + dot(x, y, dim)).clamp(min=torch.finfo(x.dtype).eps)
-    return v - (x + y) * (dot(y, v, dim) / opening)
+    between = x + y
+    squared = dot(between, between, dim)
+    opposite = squared == 0
+    return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X, undefined at Y = -X."""
-    cosine = dot(x, y, dim)
-    normal = y - x * cosine
+    """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X. At Y = -X: one of the shortest."""
+    # |Y - X|^2 = 2 - 2 cos t: the part along X, without the rounding error of 1 - cos t.
+    apart = y - x
+    normal = apart + x * (0.5 * dot(apart, apart, dim))
     q = dot(normal, normal, dim)
+    cosine = dot(x, y, dim)
     near = (q < 1e-4) & (cosine > 0)
     small = torch.where(near, q, 0.0)
     # asin(s)/s = 1 + q/6 + 3q^2/40 + 5q^3/112 + 35q^4/1152 + ..., q = s^2.
     series = 1.0 + small * (1 / 6 + small * (3 / 40 + small * (5 / 112 + small * (35 / 1152))))
-    sine = torch.where(near, 1.0, q).sqrt()
-    return normal * torch.where(near, series, torch.atan2(sine, cosine) / sine)
+    opposite = (q == 0) & (cosine < 0)
+    sine = torch.where(near | opposite, 1.0, q).sqrt()
+    log = normal * torch.where(near, series, torch.atan2(sine, cosine) / sine)
+    return torch.where(opposite, math.pi * _some_direction(x, dim), log)
 
 
-def sphere_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Return the angle between ``x`` and ``y`` along ``dim``, accurate for small angles; its derivative at 0 is 0."""
-    cosine = dot(x, y, dim)
-    normal = y - x * cosine
-    q = dot(normal, normal, dim)
-    same = q == 0
-    return torch.atan2(torch.where(same, 0.0, torch.where(same, 1.0, q).sqrt()), cosine)
+def _some_direction(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return a unit tangent at ``x``: of the first two axes the one that is farther from ``x``, projected."""
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    columns = slice(0, 1 if -1 in dim else None)
+    first[..., 0, columns] = 1.0
+    if x.shape[-2] > 1:
+        second[..., 1, columns] = 1.0
+    else:
+        second[..., 0, 1] = 1.0
+    axis = torch.where(dot(first, x, dim).abs() < 0.8, first, second)
+    return normalized(axis - x * dot(axis, x, dim), dim)
+
+
+# t^2 = q + q^2/12 + q^3/90 + ... for q = (2 sin(t/2))^2: the coefficients 2 / (k^2 binom(2k, k)). Ten terms are exact
+# to 1e-18 below q = 0.1.
+_SQUARED_ANGLE = tuple(2.0 / (k * k * math.comb(2 * k, k)) for k in range(1, 11))
+
+
+def squared_angle(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the squared angle between ``x`` and ``y`` along ``dim``, (2 atan2(|Y - X|, |Y + X|))^2.
+
+    Accurate for small angles and for those near pi alike; smooth at equal points, with the right derivatives.
+    """
+    apart, between = y - x, y + x
+    q = dot(apart, apart, dim)
+    near = q < 0.1
+    small = torch.where(near, q, 0.0)
+    series = torch.zeros_like(small)
+    for coefficient in reversed(_SQUARED_ANGLE):
+        series = small * (coefficient + series)
+    # Both lengths are away from 0 where the angle is large, but for the sum at the antipode.
+    chord = torch.where(near, 1.0, q).sqrt()
+    far = (2.0 * torch.atan2(chord, root(dot(between, between, dim)))).square()
+    return torch.where(near, series, far)
 
 
 def nearest_unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -221,12 +255,12 @@ class Sphere(Manifold):
         return great_circle(x, v.to(x.dtype), MATRIX)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the shortest tangent to ``y``; undefined at the antipode."""
+        """Return the shortest tangent to ``y``; at the antipode one of the shortest."""
         return sphere_log(x, y, MATRIX)
 
-    def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the angle between ``x`` and ``y``."""
-        return sphere_angle(x, y, MATRIX)[..., 0, 0]
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the squared angle between ``x`` and ``y``."""
+        return squared_angle(x, y, MATRIX)[..., 0, 0]
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return X / |X|; zero goes to the first basis matrix."""

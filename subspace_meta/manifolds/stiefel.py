@@ -75,6 +75,11 @@ class Stiefel(Manifold):
     retraction: OrthonormalRetraction = field(default=CholeskyQR())
 
     @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
+
+    @property
     def retraction_order(self) -> float:
         """The retraction's order in the embedded metric."""
         return self.retraction.order

@@ -34,6 +34,11 @@ class StiefelCanonical(Manifold):
     retraction: OrthonormalRetraction = field(default=Cayley())
 
     @property
+    def vectors(self) -> str:
+        """What the columns are."""
+        return "orthonormal"
+
+    @property
     def retraction_order(self) -> float:
         """The retraction's order in the canonical metric."""
         return self.retraction.canonical_order

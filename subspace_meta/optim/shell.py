@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils import _pytree as pytree
 
-from subspace_meta.geometry import Geometry, Rule
+from subspace_meta.geometry import Geometry, Rule, matches
 from subspace_meta.manifolds import Euclidean, Manifold
 from subspace_meta.optim import cohorts, states
 from subspace_meta.optim.cohorts import Cohort
@@ -170,7 +169,7 @@ class Riemannian(torch.optim.Optimizer):
             raise ValueError(f"parameters {twice} are already in a group")
         if len({id(p) for _, p in pairs}) < len(pairs):
             raise ValueError("one parameter is there under two names; model.named_parameters() gives each once")
-        rules = {k: r for k, r in self._rules.items() if any(k == n or fnmatch.fnmatchcase(n, k) for n in members)}
+        rules = {pattern: r for pattern, r in self._rules.items() if any(matches(pattern, name) for name in members)}
         geometry = Geometry.from_rules(members, rules)
         curved = [p.name for p in geometry.parameters if not isinstance(p.manifold, Euclidean)]
         names = list(geometry.names) if self._make_others is None else curved

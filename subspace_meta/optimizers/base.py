@@ -30,7 +30,12 @@ class Optimizer(Protocol):
         ...
 
     def init(self, params: Mapping[str, Tensor]) -> Any:
-        """Return the state at the start.
+        """Return the state at the start: a named tuple, so laid out that it can be cut into parameters.
+
+        A field is a tuple of one tensor a group, whose first dimension runs over the members if there are several; or
+        a tensor without dimensions, which belongs to all; or one whose last dimension runs over the coordinates (rows
+        of all matrices, then columns) or over the matrices; or a named tuple of such fields. A tangent at the current
+        point is called ``momentum``.
 
         Raises:
             ValueError: names, shapes or dtypes do not fit the geometry, or the start is not on its manifolds.

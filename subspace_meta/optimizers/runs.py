@@ -43,13 +43,14 @@ from subspace_meta.optimizers.base import ORTHONORMAL, retract_all
 _SPHERE = SphereExponential()
 _SPD = SPDExponential()
 _EMBEDDED, _CANONICAL = Geodesic("embedded"), Geodesic("canonical")
+_GRASSMANN = _CANONICAL.on_grassmann()
 
 
 def exponential(manifold: Manifold, x: Tensor, v: Tensor) -> Tensor:
     """Return the geodesic's point at time 1; by the manifold's own retraction where no exponential map is known.
 
-    Steps are shortened to half a turn on spheres, |V|_2 = 10 for orthonormal columns, and |E|_2 = 5 (factors of 148) on
-    SPD.
+    Steps are shortened to half a turn on spheres and for orthonormal columns, a quarter of one for subspaces, and
+    |E|_2 = 5 (factors of 148) on SPD.
     """
     if isinstance(manifold, Product):
         points, tangents = (torch.split(z, list(manifold.sizes), dim=manifold.axis) for z in (x, v))
@@ -60,7 +61,9 @@ def exponential(manifold: Manifold, x: Tensor, v: Tensor) -> Tensor:
         return _SPD(x, v)
     if isinstance(manifold, StiefelCanonical):
         return _CANONICAL(x, v)
-    return _EMBEDDED(x, v) if isinstance(manifold, (*ORTHONORMAL, Grassmann)) else manifold.retract(x, v)
+    if isinstance(manifold, Grassmann):
+        return _GRASSMANN(x, v)
+    return _EMBEDDED(x, v) if isinstance(manifold, ORTHONORMAL) else manifold.retract(x, v)
 
 
 def move(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor], geodesic: bool) -> list[Tensor]:
@@ -88,7 +91,7 @@ def has_distance(manifold: Manifold) -> bool:
     """Return whether :func:`squared_distance` knows ``manifold``."""
     if isinstance(manifold, Product):
         return all(map(has_distance, manifold.factors))
-    return isinstance(manifold, Stiefel | StiefelCanonical) or type(manifold).distance is not Manifold.distance
+    return isinstance(manifold, Stiefel | StiefelCanonical) or manifold.has_distance
 
 
 def squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def squared_distance(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
     if isinstance(manifold, Stiefel | StiefelCanonical):
         squared = (x - y).square().sum(dim=(-2, -1))
         return squared if isinstance(manifold, Stiefel) else 0.5 * squared
-    return manifold.distance(x, y).square()
+    return manifold.squared_distance(x, y)
 
 
 def distance(geometry: Geometry, starts: Sequence[Tensor], points: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 import subspace_meta as sm
 from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import Comparison, compare, doubts
-from subspace_meta.evaluation.page import markdown, page
-from subspace_meta.evaluation.protocol import BASELINES
+from subspace_meta.evaluation.page import gaps, markdown, page, untuned
 from subspace_meta.manifolds import Stiefel
 from subspace_meta.tasks import SyntheticPCA
 from subspace_meta.tasks.suite import SuiteTask
@@ -33,11 +32,11 @@ TASKS = tuple(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An archive with two tuned baselines on both tasks, made by two processes."""
+    """An archive with two tuned baselines and one that needs no tuning on both tasks, made by two processes."""
     folder = tmp_path_factory.mktemp("archive")
-    few = [baseline for baseline in BASELINES if baseline.name in ("RSGD", "RAdam")]
+    few = [baseline for baseline in archive.KEPT if baseline.name in ("RSGD", "RAdam", "RDoWG")]
     made = list(archive.regenerate(archive.missing(TASKS, few, folder), jobs=1, folder=folder))
-    assert len(made) == 4
+    assert len(made) == 6
     assert not archive.missing(TASKS, few, folder)
     return folder
 
@@ -58,6 +57,36 @@ def test_a_tuned_peer_ties_with_itself(folder):
         speed, _ = result.speed_ups()
         assert 0.5 < float(speed.mean()) < 2.0
         assert 0.3 < result.time_ratio() < 3.0
+
+
+def test_what_nothing_was_tuned_for_is_a_table_of_its_own(folder):
+    """At published defaults, and beside the best of them; the best tuned one is another, RDoWG never."""
+    found = Comparison("ours", tuple(results(lambda g: sm.RAdam(g, 1e-3), folder)))
+    for result in found.results:
+        assert result.untuned(50).keys() == {"RSGD", "RAdam", "RDoWG"}
+        assert result.untuned(50)["RAdam"] == pytest.approx(result.score(50), abs=2e-3)
+        assert result.cells["RDoWG"].rates == (1.0,)
+        assert result.best(50)[0] in ("RSGD", "RAdam")
+    assert found.beside_untuned("RAdam", 50) == (2, 2)
+    assert found.beside_untuned("RDoWG", 50)[1] == 2
+    still = Comparison("ours", tuple(results(lambda g: sm.RSGD(g, 0.0), folder)))
+    assert still.beside_untuned("", 50) == (0, 2)
+    header, rows = untuned(found)
+    assert header[:3] == ["nothing tuned", "rate", "from"]
+    assert [row[0] for row in rows] == ["RSGD", "RAdam", "RDoWG", "the best of them on each task"]
+    assert rows[1][1] == "0.001"
+    assert "the best of them on each task" in markdown(found)
+    with pytest.raises(ValueError, match=r"rate 0\.002 was not run"):
+        found.results[0].cells["RAdam"].score_at(2e-3, 50)
+
+
+def test_the_widest_gap_comes_first_in_rows_that_fit_a_console(folder):
+    found = Comparison("ours", tuple(results(lambda g: sm.RSGD(g, 0.0), folder)))
+    header, rows = gaps(found)
+    worst = [max(float(cell) for cell in row[1:-1] if cell) for row in rows]
+    assert worst == sorted(worst, reverse=True)
+    assert rows[0][1].startswith("+")
+    assert max(len("  ".join(row)) for row in (header, *rows)) <= 100
 
 
 def test_no_step_is_worse_and_slow(folder):
@@ -150,11 +179,11 @@ def test_what_an_optimizer_raises_stops_one_task(folder):
 
 
 def test_doubts_about_the_archive_are_told(folder):
-    """The two tasks have two baselines of fourteen, and made by this code."""
+    """The two tasks have three baselines of twenty, and made by this code."""
     compared = tuple(results(lambda g: sm.RSGD(g, 1e-2), folder))
     found = doubts(compared)
     assert [text.split(":")[0] for text in found] == [task.row for task in TASKS]
-    assert all("12 of the tuned baselines are missing" in text for text in found)
+    assert all("17 of the baselines are missing" in text for text in found)
     shown = Comparison("ours", compared, tuple(found))
     assert f"Note: {found[0]}." in markdown(shown)
     assert shown.to_json()["notes"] == found

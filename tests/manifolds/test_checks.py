@@ -168,6 +168,8 @@ BROKEN = {
         "exponential",
     ),
     "logarithm with the wrong sign": (broken(Sphere(), log=lambda f, x, y: -f(x, y)), "logarithm"),
+    "norm of another metric": (broken(Sphere(), norm=lambda f, x, v: 2 * f(x, v)), "metric"),
+    "squared distance not squared": (broken(Sphere(), squared_distance=lambda f, x, y: f(x, y).sqrt()), "logarithm"),
     "distance squared": (broken(Sphere(), distance=lambda f, x, y: f(x, y) ** 2), "logarithm"),
     "batch read as one matrix": (broken(Sphere(), inner=lambda f, x, u, v: (u * v).sum() + 0 * f(x, u, v)), "batch"),
     "infeasible random points": (broken(Sphere(), random_point=lambda f, *a: 2 * f(*a)), "feasibility"),

@@ -176,8 +176,8 @@ def test_tiny_tangents_are_not_lost(retraction):
         assert relative(apply(x, v) / 1e-25, expected) < 1e-6
     # Second derivatives in a step whose square is below the range.
     identity = torch.eye(3)
-    hessian = torch.func.hessian(lambda t: retraction(identity, t * 1e25 * v)[0, 1])(torch.tensor(1e-30))
-    assert hessian.isfinite()
+    once = torch.func.jacfwd(lambda t: retraction(identity, t * 1e25 * v))
+    assert torch.func.jacfwd(once)(torch.tensor(1e-25)).isfinite().all()
 
 
 @RETRACTIONS
@@ -238,6 +238,16 @@ class TestScales:
         torch.testing.assert_close(SPD().coordinates(x, x), torch.eye(3).double(), rtol=0, atol=1e-13)
         assert float(SPD().distance(x, 1e300 * x)) == pytest.approx(300 * math.log(10) * math.sqrt(3), rel=1e-13)
 
+    def test_second_derivatives(self):
+        """log(c A) has 1/c and 1/c^2 times the derivatives of log(A)."""
+        x, w = with_eigenvalues([0.5, 1.0, 2.0]), with_eigenvalues([-0.5, 0.1, 2.0], 1)
+        zero = torch.zeros((), dtype=torch.float64)
+
+        def second(scale):
+            return torch.func.jacfwd(torch.func.jacfwd(lambda t: symmetric_logarithm(scale * (x + t * w))))(zero)
+
+        assert relative(second(1e-200), second(1.0)) < 1e-12
+
     def test_nearest(self):
         a = torch.diag(torch.tensor([-2.0, -3.0]))
         torch.testing.assert_close(SPD().nearest(1e-20 * a), 1e-20 * SPD().nearest(a), rtol=1e-6, atol=0)
@@ -257,6 +267,30 @@ class TestFarApart:
         expected = torch.tensor([math.log(scale), math.log(2 * scale)], dtype=torch.float64)
         assert relative(logarithm.diagonal(), expected) < 4 * EPS[dtype]
 
+    def test_distance_across_the_range(self):
+        identity = torch.eye(2)
+        assert float(SPD().distance(1e-20 * identity, 1e20 * identity)) == pytest.approx(
+            40 * math.log(10) * math.sqrt(2), rel=1e-6
+        )
+
+    @TYPES
+    def test_first_derivatives(self, dtype):
+        """Divided differences, entry by entry, over 40 powers of ten."""
+        logs = torch.tensor([-50.0, -3.0, 0.0, 2.0, 50.0], dtype=torch.float64)
+        ones = torch.ones(5, 5, dtype=dtype)
+        gaps = logs[:, None] - logs
+        divided = torch.where(
+            gaps == 0, logs.exp(), (logs[:, None].exp() - logs.exp()) / torch.where(gaps == 0, 1.0, gaps)
+        )
+        _, exponential = torch.func.jvp(symmetric_exponential, (torch.diag(logs).to(dtype),), (ones,))
+        torch.testing.assert_close(exponential.double(), divided, rtol=1000 * EPS[dtype], atol=0)
+        # Up to what a decomposition keeps beside the largest eigenvalue.
+        near = slice(1, 4)
+        _, logarithm = torch.func.jvp(
+            symmetric_logarithm, (torch.diag(logs[near].exp()).to(dtype),), (ones[near, near],)
+        )
+        torch.testing.assert_close(logarithm.double(), 1.0 / divided[near, near], rtol=100 * EPS[dtype], atol=0)
+
     @TYPES
     @pytest.mark.parametrize("values", [[-40.0, -40.0], [-40.0, 0.0], [-30.0, 40.0], [60.0, 60.0], [-1e-3, 1e-3]])
     def test_exponential(self, dtype, values):
@@ -268,11 +302,11 @@ class TestFarApart:
             torch.func.vmap(SPD().exp)(identity[None], v[None])[0],
         ):
             for got, value in zip(end.diagonal().tolist(), expected, strict=True):
-                assert got == pytest.approx(value, rel=100 * EPS[dtype])
+                assert got == pytest.approx(value, rel=100 * EPS[dtype], abs=0.0)
         # Such a retraction is allowed, too; its polish raises what is below rounding.
         if values == [-40.0, -40.0]:
             far_away = SPDExponential(max_norm=80.0)(identity, v)
-            assert far_away.diagonal().tolist() == pytest.approx(expected, rel=100 * EPS[dtype])
+            assert far_away.diagonal().tolist() == pytest.approx(expected, rel=100 * EPS[dtype], abs=0.0)
 
     @TYPES
     def test_distances_are_symmetric(self, dtype):
@@ -342,6 +376,12 @@ class TestEqualPoints:
             hessian = torch.func.jacrev(torch.func.grad(m.squared_distance, argument), argument)(x, x)
             assert relative((hessian * u).sum(dim=(-2, -1)).mul(u).sum(), 2 * m.inner(x, u, u)) < tolerance
 
+    def test_the_distance_is_exactly_0(self):
+        """Where solving with a factor for the factor itself leaves rounding errors."""
+        x = SPD().random_point((20, 33, 33), seeded())
+        assert torch.equal(SPD().distance(x, x.clone()), torch.zeros(20))
+        assert torch.equal(SPD().log(x, x), torch.zeros_like(x))
+
     def test_the_derivative_of_the_distance_is_finite(self):
         x = with_eigenvalues([0.5, 1.0, 3.0])
         assert float(SPD().distance(x, x)) == 0.0
@@ -366,7 +406,7 @@ class TestEqualPoints:
         assert torch.func.hessian(m.norm, 1)(x, 0.0 * v).isfinite().all()
         for size in (1e-30, 1e30):
             got = m.norm(x.float(), size * v.float())
-            assert float(got) == pytest.approx(size * float(m.norm(x, v)), rel=1e-6)
+            assert float(got) == pytest.approx(size * float(m.norm(x, v)), rel=1e-6, abs=0.0)
             assert m.norm(x.float()[None], size * v.float()[None]).shape == (1,)
 
 
@@ -495,6 +535,14 @@ def test_forward_mode_without_transforms():
             tangent = torch.autograd.forward_ad.unpack_dual(method(x, dual)).tangent
         _, expected = torch.func.jvp(lambda z: method(x, z), (y,), (w,))  # noqa: B023
         torch.testing.assert_close(tangent, expected, rtol=1e-12, atol=1e-12)
+
+
+@TYPES
+def test_the_square_root_is_right_to_rounding(dtype):
+    """The decomposition alone leaves three times as much."""
+    x = SPD().random_point((32, 32), seeded(), dtype)
+    root = symmetric_square_root(x).double()
+    assert relative(root @ root, x.double()) < 4 * EPS[dtype]
 
 
 def test_tangents_broadcast_against_points():

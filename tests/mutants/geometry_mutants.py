@@ -5,7 +5,7 @@ Every mutant is one replaced piece of source in ``subspace_meta/manifolds``: a w
 wrong factor, an unsigned QR, a wrong axis, a wrong metric. It is applied in a temporary copy, the fast tests of
 ``tests/manifolds`` run against that copy, and the mutant is killed if one of them fails.
 
-    python tests/mutants/geometry_mutants.py            # all; about ten minutes on one core
+    python tests/mutants/geometry_mutants.py            # all; half an hour on one core
     python tests/mutants/geometry_mutants.py sphere spd # only these files
 
 Prints the survivors and exits with 1 if fewer than 95 % were killed, or if the tests fail without any mutant.
@@ -18,7 +18,7 @@ import sys
 from seeding import Mutant, hunt
 
 # In the order in which they are likely to fail and cheap to run.
-TESTS = ("formulas", "retractions", "spd", "checks", "battery", "derivatives", "drift")
+TESTS = ("formulas", "retractions", "spd", "distances", "long_steps", "checks", "battery", "derivatives", "drift")
 REQUIRED = 0.95
 
 
@@ -41,7 +41,16 @@ MUTANTS = (
     mutant("base", "mean.abs() + (spread + torch.finfo(a.dtype).eps ** 2).sqrt()", "mean.abs() + spread.sqrt()", "NaN derivative"),
     mutant("base", "above = [lower[j][..., blocks[i][0] : blocks[i][1]].mT", "above = [0 * lower[j][..., blocks[i][0] : blocks[i][1]].mT", "half a Gram matrix"),
     mutant("base", "return torch.cat(columns, dim=-1) if", "return torch.cat(columns[::-1], dim=-1) if", "blocks in the wrong order"),
+    mutant("base", "scale = 1.0 / power_of_two(whole)", "scale = 1.0", "gradients whose squares vanish are lost"),
+    mutant("base", "known_true((squared > threshold * euclidean_inner(whole, whole)) & torch.isfinite(squared))", "known_true(squared > threshold * euclidean_inner(whole, whole))", "squares overflow"),
+    mutant("base", "return root(self.inner(x, v / scale, v / scale)) * scale[..., 0, 0]", "return root(self.inner(x, v, v))", "squares overflow"),
+    mutant("base", "torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0 * squares)", "squares.sqrt()", "NaN derivative"),
     # retractions
+    mutant("retractions", "    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)\n", "", "huge steps vanish"),
+    mutant("retractions", "return Cayley(min(self.max_norm, 2.0))", "return self", "a subspace comes nearer again"),
+    mutant("retractions", "return Geodesic(self.metric, min(self.max_norm, math.pi / 2))", "return self", "a subspace comes nearer again"),
+    mutant("retractions", "max_norm: float = math.pi", "max_norm: float = 3.3", "past the way back"),
+    mutant("retractions", "return positive_qr(torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v))", "return positive_qr(x + v)", "the point is lost in the step"),
     mutant("retractions", "torch.where(diagonal < 0, -1.0, 1.0)", "torch.where(diagonal < 0, 1.0, 1.0)", "unsigned QR"),
     mutant("retractions", "torch.where(diagonal < 0, -1.0, 1.0)", "diagonal.sgn()", "zero column erased"),
     mutant("retractions", "1.5 * identity_like(y) - 0.5 * gram(y)", "identity_like(y)", "dropped polish"),
@@ -49,11 +58,11 @@ MUTANTS = (
     mutant("retractions", "    limit = max_norm * max_norm", "    limit = max_norm", "wrong bound"),
     mutant("retractions", "return limit / squared_norm.clamp(min=limit)", "return limit / squared_norm.clamp(min=limit) ** 0", "no bound"),
     mutant("retractions", "y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm).sqrt(), v)\n        # cholesky_ex", "y = torch.addcmul(x, _squared_scale(squared_norm, self.max_norm), v)\n        # cholesky_ex", "dropped square root"),
-    mutant("retractions", "squared_norm = euclidean_inner(v, v)[..., None, None]", "squared_norm = v.square().sum(dim=-1, keepdim=True)", "wrong axis"),
+    mutant("retractions", "return euclidean_inner(v, v)[..., None, None]", "return v.square().sum(dim=-1, keepdim=True)", "wrong axis"),
     mutant("base", "corner = factor[..., start:end, start:end].mT", "corner = factor[..., start:end, start:end].mT.tril()", "diagonal blocks lose their triangle"),
     mutant("base", "factor[..., start:end, first:last].mT)", "factor[..., start:end, first:last].mT, 0.5)", "half of the columns before"),
     mutant("retractions", "solve_triangular(factor.mT, y, upper=True, left=False)", "solve_triangular(factor, y, upper=False, left=False)", "transposed factor"),
-    mutant("retractions", "return positive_qr(x + v.to(x.dtype))", "return positive_qr(x + 0.5 * v.to(x.dtype))", "wrong factor 1/2"),
+    mutant("retractions", "return positive_qr(torch.addcmul(x, _squared", "return positive_qr(torch.addcmul(x, 0.5 * _squared", "wrong factor 1/2"),
     mutant("retractions", "(1.0, 1 / 2, 3 / 8, 5 / 16, 35 / 128),", "(1.0, 1 / 2, 3 / 8, 5 / 16, 35 / 256),", "wrong coefficient"),
     mutant("retractions", "4.0 * torch.finfo(dtype).eps", "1e10 * torch.finfo(dtype).eps", "too few iterations"),
     mutant("retractions", "half_width * identity - (gram(y) - identity)", "half_width * identity - 0.5 * (gram(y) - identity)", "wrong factor 1/2"),
@@ -78,7 +87,7 @@ MUTANTS = (
     mutant("matrix_functions", "STEPS = 3", "STEPS = 2", "derivatives of second order only"),
     mutant("matrix_functions", "divided = outer_sum(roots, roots)", "divided = 2.0 * outer_sum(roots, 0.0 * roots)", "wrong divided difference"),
     mutant("matrix_functions", "constant = a.detach()", "constant = a", "derivative through the eigenvectors"),
-    mutant("matrix_functions", "half * half / 6.0", "half * half / 3.0", "wrong divided difference"),
+    mutant("matrix_functions", "torch.where(near, 1.0 + half", "torch.where(near, 1.5 + half", "wrong divided difference"),
     mutant("matrix_functions", "far.sinh() / far)", "far.cosh())", "wrong divided difference"),
     mutant("matrix_functions", "values[..., -1:].clamp(min=info.tiny / info.eps)", "values[..., -1:].clamp(min=info.eps)", "an absolute floor for eigenvalues"),
     mutant("matrix_functions", "residual = vectors.mT @ (a.detach() - start @ start) @ vectors", "residual = 0.0 * d", "rounding of the decomposition left"),
@@ -112,7 +121,13 @@ MUTANTS = (
     # sphere, oblique
     mutant("sphere", "return v - x * dot(x, v, dim)", "return v + x * dot(x, v, dim)", "wrong sign"),
     mutant("sphere", "return y * dot(y, y, dim).rsqrt()", "return y / dot(y, y, dim)", "dropped square root"),
-    mutant("sphere", "return v - (x + y) * (dot(y, v, dim) / opening)", "return v - y * dot(y, v, dim)", "projection instead of transport"),
+    mutant("sphere", "return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))", "return v - y * dot(y, v, dim)", "projection instead of transport"),
+    mutant("sphere", "return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))", "return v - between * (dot(y, v, dim) / (1.0 + dot(x, y, dim)).clamp(min=1e-7))", "digits cancel near the antipode"),
+    mutant("sphere", "return torch.where(opposite, math.pi * _some_direction(x, dim), log)", "return log", "no logarithm at the antipode"),
+    mutant("sphere", "far = (2.0 * torch.atan2(chord, root(dot(between, between, dim)))).square()", "far = dot(x, y, dim).clamp(-1.0, 1.0).acos().square()", "digits cancel near the antipode"),
+    mutant("sphere", "2.0 / (k * k * math.comb(2 * k, k))", "1.0 / (k * k * math.comb(2 * k, k))", "wrong coefficient"),
+    mutant("sphere", "for k in range(1, 11))", "for k in range(1, 3))", "too short a series"),
+    mutant("sphere", "    near = q < 0.1\n", "    near = q < 0.0\n", "no derivative at equal points"),
     mutant("sphere", "sinc = 1.0 - sinc * small / ((2 * k) * (2 * k + 1))", "sinc = 1.0 - sinc * small / ((2 * k) * (2 * k - 1))", "wrong coefficient"),
     mutant("sphere", "range(10, 0, -1)", "range(3, 0, -1)", "too short a series"),
     mutant("sphere", "return normalized(cosine * x + sinc * v, dim)", "return cosine * x + sinc * v", "dropped polish"),
@@ -132,10 +147,9 @@ MUTANTS = (
     mutant("spd", "_SQUARINGS = {torch.float32: 12, torch.float64: 24}", "_SQUARINGS = {torch.float32: 6, torch.float64: 6}", "mean of too many eigenvalues"),
     mutant("spd", "        e = e / scale\n", "        e, scale = 1.0 * e, 1.0\n", "squares out of range"),
     mutant("spd", "    return v / size, size\n", "    return v, v.new_ones((1, 1))\n", "whitening out of range"),
-    mutant("spd", "torch.maximum(_power_of_two(e), torch.as_tensor(1.0 / size))", "_power_of_two(e)", "derivatives of short steps overflow"),
+    mutant("spd", "torch.maximum(power_of_two(e), torch.as_tensor(1.0 / size))", "power_of_two(e)", "derivatives of short steps overflow"),
     mutant("spd", "short = self.max_norm <= 5.0", "short = True", "small exponentials lose their digits"),
     mutant("spd", "(whitened / scale).square()", "whitened.square()", "dropped scale"),
-    mutant("spd", "torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)", "squares.sqrt()", "NaN derivative"),
     mutant("spd", "torch.where(finite & ~equal, constant", "torch.where(finite, constant", "rounding errors between equal points"),
     mutant("spd", "logs = 2.0 * self.values.log()", "logs = self.values.square().log()", "range of the squares"),
     mutant("spd", "logs = 2.0 * self.values.log()", "logs = self.values.log()", "dropped factor 2"),
@@ -158,7 +172,11 @@ MUTANTS = (
     # rotations
     mutant("orthogonal", "return x @ skew_part(x.mT @ v.to(x.dtype))", "return x @ symmetric_part(x.mT @ v.to(x.dtype))", "wrong sign"),
     mutant("orthogonal", "return y @ skew_part(x.mT @ v.to(x.dtype))", "return y @ skew_part(y.mT @ v.to(x.dtype))", "projection instead of transport"),
-    mutant("orthogonal", "half = (0.5 * (1.0 - cosines))", "half = (0.5 * (1.0 + cosines))", "wrong sign"),
+    mutant("orthogonal", "_FAR = -0.5", "_FAR = -2.0", "digits cancel near pi"),
+    mutant("orthogonal", "(skew + 4.0 * torch.finfo(x.dtype).eps * pairs)", "skew", "no logarithm at pi"),
+    mutant("orthogonal", "angles = torch.atan2(sines, cosines)", "angles = cosines.clamp(-1.0, 1.0).acos()", "inaccurate angle"),
+    mutant("orthogonal", "cosines = torch.linalg.svdvals(x.mT @ (y + x)).flip(-1)", "cosines = torch.linalg.svdvals(x.mT @ (y + x))", "sines paired with the wrong cosines"),
+    mutant("orthogonal", "sines = torch.linalg.svdvals(x.mT @ (y - x))\n", "sines = torch.linalg.svdvals(x.mT @ y - torch.eye(x.shape[-1], dtype=x.dtype))\n", "digits cancel at equal points"),
     mutant("orthogonal", "torch.linalg.det(x) * torch.linalg.det(y) > 0", "torch.linalg.det(x) * torch.linalg.det(y) > -2", "components joined"),
     mutant("rotations", "signs[..., -1] = torch.where(determinant < 0, -1.0, 1.0)", "signs[..., -1] = torch.where(determinant < 0, 1.0, 1.0)", "reflections"),
     mutant("rotations", "signs[..., -1] = ", "signs[..., 0] = ", "not the nearest rotation"),
@@ -166,7 +184,9 @@ MUTANTS = (
     # product
     mutant("product", "for factor, block in self._split((x,))]).amax(dim=0)", "for factor, block in self._split((x,))]).amin(dim=0)", "smallest instead of largest"),
     mutant("product", "return torch.cat(tuple(blocks), dim=self.axis)", "return torch.cat(tuple(blocks), dim=-2)", "wrong axis"),
-    mutant("product", "torch.linalg.vector_norm(distances, dim=0)", "distances.sum(dim=0)", "distances added"),
+    mutant("product", "factor.squared_distance(*block) for", "factor.distance(*block) for", "distances added"),
+    mutant("product", "return root((norms / largest).square().sum(dim=0)) * largest", "return norms.sum(dim=0)", "norms added"),
+    mutant("euclidean", "carried: Tensor = torch.broadcast_tensors(v.to(x.dtype), y)[0]", "carried: Tensor = v.to(x.dtype)", "one tangent for several points"),
     mutant("product", "return min(factor.retraction_order", "return max(factor.retraction_order", "order of the best factor"),
 )
 # fmt: on

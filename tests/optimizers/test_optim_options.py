@@ -21,8 +21,8 @@ OTHER = {
     sm.POGO: {"momentum": 0.9, "epsilon": 1e-8, "base": "muon", "betas": (0.5, 0.9), "eps": 1.0, "muon_steps": 1},
     sm.RSDM: {"size": 2, "sampling": "orthogonal", "seed": 5},
     sm.SPEL: {"momentum": 0.1, "steps": 2},
-    sm.ManifoldMuon: {"momentum": 0.5, "iterations": 1, "alpha": 1e-3, "relative": False},
-    sm.IntrinsicMuon: {"momentum": 0.5},
+    sm.ManifoldMuon: {"momentum": 0.5, "iterations": 1, "alpha": 1e-3, "relative": False, "steps": 2},
+    sm.IntrinsicMuon: {"momentum": 0.5, "steps": 2},
 }
 NEED_A_STATE = [
     (sm.RSGD, "momentum"),

@@ -574,7 +574,7 @@ def test_settings_that_cannot_be():
 
 
 def test_a_manifold_without_a_distance_is_refused():
-    methods = {key: value for key, value in vars(sm.Euclidean).items() if callable(value) and key != "distance"}
+    methods = {key: value for key, value in vars(sm.Euclidean).items() if callable(value) and "distance" not in key}
     other = type("Other", (sm.Manifold,), {key: value for key, value in methods.items() if not key.startswith("_")})
     geometry = sm.Geometry.from_rules({"x": torch.empty(3, 1)}, {"x": other()})
     with pytest.raises(ValueError, match="RDoG needs the distance from the start; parameter 'x' is on Other"):
