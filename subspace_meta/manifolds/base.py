@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from subspace_meta._tracing import has_values, known_true
+
+# The dimensions of a matrix, for what works along chosen ones.
+MATRIX = (-2, -1)
 
 
 class Manifold(abc.ABC):
@@ -169,6 +173,26 @@ def values_at_hand(*tensors: Tensor) -> bool:
     Then a cheaper way to the *same* result may be chosen by looking; see :func:`subspace_meta._tracing.known_true`.
     """
     return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+# Far above every bound of a retraction, and below where squares of squares overflow in float32.
+_HUGE = 2.0**28
+
+
+def without_huge(
+    v: Tensor, squares: Callable[[Tensor], Tensor], dim: tuple[int, ...] = MATRIX
+) -> tuple[Tensor, Tensor]:
+    """Return V and ``squares(V)``; a step so long that these may overflow is brought to the length 2^28 along ``dim``.
+
+    Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
+    """
+    if values_at_hand(v):
+        squared = squares(v)
+        if known_true(squared < _HUGE * _HUGE):
+            return v, squared
+    norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
+    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
+    return v, squares(v)
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

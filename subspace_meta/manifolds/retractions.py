@@ -47,14 +47,12 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import (
     divide_by_lower,
     euclidean_inner,
@@ -62,7 +60,7 @@ from subspace_meta.manifolds.base import (
     identity_like,
     skew_part,
     spectral_bound,
-    values_at_hand,
+    without_huge,
 )
 from subspace_meta.manifolds.matrix_functions import matrix_exponential
 
@@ -106,24 +104,6 @@ def _squared_scale(squared_norm: Tensor, max_norm: float) -> Tensor:
     """Return s^2 = min(1, max_norm^2 / squared_norm): exactly 1, with derivative 0, for steps within the bound."""
     limit = max_norm * max_norm
     return limit / squared_norm.clamp(min=limit)
-
-
-# Far above every bound, and below where squares of squares overflow in float32.
-_HUGE = 2.0**28
-
-
-def without_huge(v: Tensor, squares: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return V and ``squares(V)``; a step so long that these may overflow is brought to |V|_F = 2^28.
-
-    Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
-    """
-    if values_at_hand(v):
-        squared = squares(v)
-        if known_true(squared < _HUGE * _HUGE):
-            return v, squared
-    norm = torch.linalg.vector_norm(v.detach(), dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
-    return v, squares(v)
 
 
 def _squared_frobenius(v: Tensor) -> Tensor:

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import known_true
-from subspace_meta.manifolds.base import Manifold, embedded_inner, root, values_at_hand, without_rounding
-
-MATRIX = (-2, -1)
+from subspace_meta.manifolds.base import (
+    MATRIX,
+    Manifold,
+    embedded_inner,
+    root,
+    values_at_hand,
+    without_huge,
+    without_rounding,
+)
 
 
 def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -28,23 +33,6 @@ def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 def normalized(y: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return Y divided by its norm along ``dim``."""
     return y * dot(y, y, dim).rsqrt()
-
-
-# Far above every bound of a step, and far below where its square overflows in float32.
-_HUGE = 2.0**28
-
-
-def _without_huge(v: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return V and its squared norm along ``dim``; a step far beyond every bound is brought to the length 2^28.
-
-    Its direction is all that counts there, so the factor is a constant.
-    """
-    squared = dot(v, v, dim)
-    if known_true(squared < _HUGE * _HUGE):
-        return v, squared
-    norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
-    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
-    return v, dot(v, v, dim)
 
 
 def cosine_and_sinc(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +69,7 @@ class Normalization(SphereRetraction):
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the normalised sum."""
-        v, _ = _without_huge(v.to(x.dtype), dim)
+        v, _ = without_huge(v.to(x.dtype), lambda step: dot(step, step, dim), dim)
         return normalized(x + v, dim)
 
 
@@ -107,7 +95,7 @@ class SphereExponential(SphereRetraction):
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the geodesic's point at time 1."""
-        v, squared = _without_huge(v.to(x.dtype), dim)
+        v, squared = without_huge(v.to(x.dtype), lambda step: dot(step, step, dim), dim)
         limit = self.max_norm**2
         return great_circle(x, v * (limit / squared.clamp(min=limit)).sqrt(), dim)
 
