@@ -98,10 +98,21 @@ def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
 
 @dataclass(frozen=True)
 class Rule:
-    """A manifold together with a view, where the view that the shape suggests is not the right one."""
+    """A manifold together with a view, where the view that the shape suggests is not the right one.
+
+    Raises:
+        ValueError: one is something else; sides in words are for :func:`~subspace_meta.rules_for`.
+    """
 
     manifold: Manifold
     view: MatrixView | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.manifold, Manifold) or not isinstance(self.view, MatrixView | None):
+            raise ValueError(
+                f"a rule has a manifold and a MatrixView or None, got Rule({self.manifold!r}, {self.view!r})"
+                + ("; sides in words are for rules_for(model, layers)" if isinstance(self.view, str) else "")
+            )
 
 
 @dataclass(frozen=True)

@@ -233,3 +233,10 @@ def test_the_page_about_rules_runs():
         exec(block, names)
     assert set(names["rules"]) == {"0.weight", "1.weight", "2.weight", "3.in_proj_weight", "3.out_proj.weight"}
     names["optimizer"].check(1e-5)
+
+
+def test_a_rule_takes_no_words():
+    with pytest.raises(ValueError, match=r"got Rule\(Stiefel.*'per output'\); sides in words are for rules_for"):
+        sm.Rule(STIEFEL, "per output")
+    with pytest.raises(ValueError, match=r"a manifold and a MatrixView or None, got Rule\('Stiefel', None\)$"):
+        sm.Rule("Stiefel")

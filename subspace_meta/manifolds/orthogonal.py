@@ -71,12 +71,12 @@ def _half_angles(x: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_rotation_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return |log(X^T Y)|_F^2 for X and Y in one component; two derivatives, up to the angle pi."""
-    return 4.0 * squared_angles(0.25 * gram(y - x), _half_angles(x, y))
+    """Return |log(X^T Y)|_F^2, NaN where the determinants differ; two derivatives, up to the angle pi."""
+    return torch.where(_joined(x, y), 4.0 * squared_angles(0.25 * gram(y - x), _half_angles(x, y)), torch.nan)
 
 
 def rotation_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return |log(X^T Y)|_F for X and Y in one component, accurate to rounding at every angle."""
+    """Return |log(X^T Y)|_F, accurate to rounding at every angle; NaN where the determinants differ."""
     return root_at(2.0 * torch.linalg.vector_norm(_half_angles(x, y), dim=-1), squared_rotation_distance(x, y))
 
 
@@ -121,7 +121,7 @@ def _quarter_turns(e: Tensor, inside: Tensor) -> Tensor:
 
 
 def rotation_log(x: Tensor, y: Tensor) -> Tensor:
-    """Return X log(X^T Y) for X and Y in one component: a shortest tangent from X to Y, also where angles are pi.
+    """Return X log(X^T Y): a shortest tangent from X to Y, also where angles are pi; NaN in another component.
 
     The symmetric and the skew part C and K of a rotation commute and are cos T and sin T. In the eigenbasis of C, which
     is split at a gap between angles, log = K (t / sin t) for the smaller ones. The larger ones are pi J + E, where
@@ -136,8 +136,7 @@ def rotation_log(x: Tensor, y: Tensor) -> Tensor:
     smaller = k * ((1.0 - large) * _angle_by_sine(cosines))[..., None, :] * (1.0 - large)[..., :, None]
     e = -skew_part(k * (large * _angle_by_sine(-cosines))[..., None, :] * large[..., :, None])
     logarithm = skew_part(smaller) + math.pi * _quarter_turns(e, large) + e
-    tangent: Tensor = x @ (basis @ logarithm @ basis.mT)
-    return tangent
+    return torch.where(_joined(x, y)[..., None, None], x @ (basis @ logarithm @ basis.mT), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -202,15 +201,15 @@ class Orthogonal(Manifold):
 
         Not for differentiated paths.
         """
-        return torch.where(_joined(x, y)[..., None, None], rotation_log(x, y), torch.nan)
+        return rotation_log(x, y)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the squared distance; NaN if the determinants differ. Two derivatives, up to the angle pi."""
-        return torch.where(_joined(x, y), squared_rotation_distance(x, y), torch.nan)
+        return squared_rotation_distance(x, y)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the Frobenius norm of log(X^T Y); NaN if the determinants differ. Two derivatives, up to pi."""
-        return torch.where(_joined(x, y), rotation_distance(x, y), torch.nan)
+        return rotation_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""

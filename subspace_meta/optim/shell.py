@@ -328,6 +328,9 @@ class Riemannian(torch.optim.Optimizer):
             gradients.update({name: p.grad for name, p in pairs if p.grad is not None and not p.grad.is_sparse})
         if cohorts.all_finite(gradients.values()):
             return True
+        members = {name: p.detach() for *_, group in self._own() for name, p in group.items()}
+        if spoiled := cohorts.not_finite(members):
+            return self._refused(f"the parameters {cohorts.quoted(spoiled)} are not finite, nor are gradients")
         return self._refused(f"the gradients of {cohorts.quoted(cohorts.not_finite(gradients))} are not finite")
 
     def _refused(self, reason: str) -> bool:

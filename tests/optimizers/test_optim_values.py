@@ -238,6 +238,18 @@ def test_where_they_are_not_to_be_moved_they_are_refused(name):
     assert_equal(values(model), before)
 
 
+@learned_and_hand_made
+def test_spoiled_weights_are_named_and_not_their_gradients(name):
+    model = network()
+    optimizer = shell(name, model)
+    train(optimizer, model, 2)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    loss_of(model).backward()
+    with pytest.raises(ValueError, match=r"the parameters '2\.weight' are not finite, nor are gradients; nothing was"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("name", ["RAdam", "RSGD momentum"])
 def test_averaged_weights_can_be_trained_on(name):
     model = network()
