@@ -248,7 +248,7 @@ class _Pair:
         return _Pair(factor, end, left, values, right.mT, left.mT @ (k - constant) @ right.mT, definite)
 
     def logarithm(self) -> tuple[Tensor, Tensor]:
-        """Return g and X of value 0 with log(K K^T) = U (diag(g) + X) U^T, g = 2 log s; g is NaN if K is meaningless."""
+        """Return g and X of value 0 with log(K K^T) = U (diag(g) + X) U^T, g = 2 log s; NaN for want of K."""
         logs = torch.where(self.definite, 2.0 * self.values.log(), torch.nan)
         # K K^T = U diag(s) (I + N)(I + N^T) diag(s) U^T
         n = self.difference / self.values[..., :, None]
