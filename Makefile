@@ -28,7 +28,7 @@ PROCESSORS := MKL_CBWR=COMPATIBILITY MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default A
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2
 
 test-rounding: $(INSTALLED)  ## the tests that compare different operations, with another instruction set of MKL
-	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBILITY ATEN_CPU_CAPABILITY=default $(RUN) -m pytest -q -n 2 --dist worksteal \
+	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBILITY $(RUN) -m pytest -q -n 2 --dist worksteal \
 		-m "not slow" tests/optimizers tests/properties tests/adapter tests/manifolds/test_battery.py
 
 test-processors: $(INSTALLED)  ## the whole suite, slow tests too, under other instruction sets and with two threads

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from subspace_meta.manifolds import Euclidean, Manifold
+from subspace_meta.manifolds import Euclidean, Manifold, Sphere
 
 Params = dict[str, Tensor]
 
@@ -93,15 +93,26 @@ def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     left = f"o i {' '.join(kernel)}"
     if constrained and shape[0] < math.prod(shape[1:]):
         return MatrixView(f"{left} -> {fan_in} o", sizes, "filters")
-    return MatrixView(f"{left} -> o {fan_in}", sizes, "inputs and taps")
+    return MatrixView(f"{left} -> o {fan_in}", sizes, "taps")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A manifold together with a view, where the view that the shape suggests is not the right one."""
+    """A manifold together with a view, where the view that the shape suggests is not the right one.
+
+    Raises:
+        ValueError: one is something else; sides in words are for :func:`~subspace_meta.rules_for`.
+    """
 
     manifold: Manifold
     view: MatrixView | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.manifold, Manifold) or not isinstance(self.view, MatrixView | None):
+            raise ValueError(
+                f"a rule has a manifold and a MatrixView or None, got Rule({self.manifold!r}, {self.view!r})"
+                + ("; sides in words are for rules_for(model, layers)" if isinstance(self.view, str) else "")
+            )
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,9 @@ class ParameterGeometry:
         *batch, d, p = self.matrix_shape
         times = f"{math.prod(batch)} times " if math.prod(batch) > 1 else ""
         kind = self.manifold.vectors
+        if isinstance(self.manifold, Sphere):
+            # A batch of points that are one vector each; a point that is a matrix has no vectors of its own.
+            return f"{math.prod(batch)} unit {self.view.vectors} of {d}" if p == 1 else f"{times}{d} x {p} of unit norm"
         return f"{times}{p} {kind} {self.view.vectors} of {d}" if kind else ""
 
 
@@ -245,10 +259,9 @@ class Geometry:
                 seen = ""
                 if parameter.view.vectors == TRANSPOSED:
                     d, p = parameter.matrix_shape[-2:]
-                    seen = (
-                        f". It is seen transposed, as {d} x {p}, because it is wide: its rows are the vectors. If the "
-                        "columns are meant, the rule is Rule(manifold, MatrixView())"
-                    )
+                    seen = f". It is seen transposed, as {d} x {p}, because it is wide: its rows are the vectors"
+                    if _can_be(parameter.manifold, parameter.shape):
+                        seen += ". If the columns are meant, the rule is Rule(manifold, MatrixView())"
                 raise ValueError(
                     f"parameter {name!r} is not on {parameter.manifold.name}: constraint violation {violation:.2e} is "
                     f"above {tolerance:.0e}; start from geometry.project(params) or geometry.initialize(...){seen}"
@@ -342,6 +355,15 @@ class Geometry:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
         ]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def _can_be(manifold: Manifold, shape: tuple[int, ...]) -> bool:
+    """Say whether points can have a shape."""
+    try:
+        manifold.check_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:

@@ -58,6 +58,15 @@ def test_the_example_of_the_torch_optimizer() -> None:
     assert len(names["schedule"].base_lrs) == 2
 
 
+def test_the_example_of_the_optimizers_page() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text("utf-8"), flags=re.S)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(code, names)
+    a = names["a"]
+    assert -names["loss"] > (1 - 1e-3) * torch.linalg.eigvalsh(a @ a.mT)[-3:].sum()
+
+
 def test_the_example_of_the_meta_gradients() -> None:
     text = (ROOT / "docs" / "meta_gradients.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)

@@ -22,8 +22,9 @@ def vectors_of(kind, weight, side, module):
         first, second = weight.shape[:2]
         grouped = weight.reshape(groups, first // groups, second, -1)
         outputs = grouped.transpose(1, 2) if kind == "transposed" else grouped  # groups, out, in, taps
-        outputs = outputs if side == "per output" else outputs.transpose(1, 2)
-        return outputs.flatten(2)
+        if side == "per tap":
+            return outputs.flatten(2).mT
+        return (outputs if side == "per output" else outputs.transpose(1, 2)).flatten(2)
     if kind == "gates":
         gated = weight.reshape(module, -1, weight.shape[-1])
         return gated if side == "per output" else gated.mT
@@ -44,7 +45,7 @@ LAYERS = {
     "depthwise": (partial(nn.Conv2d, 6, 6, 3, groups=6), "weight", "conv", "per output", 1),
     "ConvTranspose2d": (partial(nn.ConvTranspose2d, 4, 6, 3), "weight", "transposed", "per output", 6),
     "grouped transposed": (partial(nn.ConvTranspose1d, 4, 6, 3, groups=2), "weight", "transposed", "per output", 3),
-    "many filters": (partial(nn.Conv2d, 2, 30, 3), "weight", "conv", "per input", 2),
+    "many filters": (partial(nn.Conv2d, 2, 30, 3), "weight", "conv", "per tap", 18),
     "LSTM": (partial(nn.LSTM, 9, 5), "weight_ih_l0", "gates", "per output", 5),
     "GRUCell": (partial(nn.GRUCell, 9, 5), "weight_ih", "gates", "per output", 5),
     "RNN": (partial(nn.RNN, 9, 5), "weight_hh_l0", "gates", "per output", 5),
@@ -95,7 +96,8 @@ def test_each_side_has_unit_vectors(name, side):
         pytest.skip("one output each: the same vectors")
     vectors, found, *_ = checked(name, OBLIQUE, side)
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(vectors.shape[:-1]).double())
-    assert f"{vectors.shape[-2]} unit " in found.words
+    matrices = len(vectors) if LAYERS[name][2] in ("conv", "transposed") else 1  # unit vectors know of no groups
+    assert f"{matrices * vectors.shape[-2]} unit " in found.words
 
 
 def test_tokens_and_features_of_embeddings():
@@ -150,8 +152,9 @@ def test_tied_weights_have_one_rule():
     model = nn.ModuleDict({"encoder": nn.Embedding(20, 6), "decoder": nn.Linear(6, 20, bias=False)})
     model["decoder"].weight = model["encoder"].weight
     same = {nn.Embedding: (OBLIQUE, "per token"), nn.Linear: (OBLIQUE, "per output")}
-    with pytest.raises(ValueError, match=r"'encoder.weight' is 'decoder.weight' as well, .* different rules"):
-        sm.rules_for(model, same)
+    assert list(sm.rules_for(model, same)) == ["encoder.weight"]  # rows of length one, by either name
+    with pytest.raises(ValueError, match=r"'encoder.weight' and 'decoder.weight' are one parameter, .* rules differ"):
+        sm.rules_for(model, {**same, nn.Linear: (OBLIQUE, "per input")})
     assert list(sm.rules_for(model, {nn.Embedding: OBLIQUE})) == ["encoder.weight"]
     twice = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
     twice[1].weight = twice[0].weight
@@ -172,20 +175,24 @@ PARAMETRIZED = nn.utils.parametrizations.orthogonal
 @pytest.mark.parametrize(
     ("model", "chosen", "message"),
     [
-        (nn.Linear(5, 2), {"Linear": STIEFEL}, "is no module type"),
+        (nn.Linear(5, 2), {3: STIEFEL}, "is no type of module"),
         (nn.Linear(5, 2), {nn.Linear: "Stiefel"}, "write a manifold, Stiefel"),
         (nn.Linear(5, 2), {nn.Linear: (STIEFEL, "per output", 1)}, "write a manifold, Stiefel"),
-        (nn.Linear(5, 2), {nn.Conv2d: STIEFEL}, "the model has no Conv2d; .* there are Linear"),
-        (nn.Linear(5, 2), {nn.Linear: (STIEFEL, "per row")}, "has no side 'per row'; it has 'per output', 'per input'"),
+        (nn.Linear(5, 2), {nn.Conv2d: STIEFEL}, "Conv2d matches no module of the model; there are Linear"),
+        (nn.Linear(5, 2), {nn.Linear: (STIEFEL, "per row")}, "has no side 'per row'; sides are per output, per input"),
         (
             nn.Linear(50, 8),
             {nn.Linear: (STIEFEL, "per input")},
-            r"\(Linear\) of shape \(8, 50\) cannot be Stiefel per input: 50 vectors of dimension 8.*'per output'",
+            r"\(Linear, shape 8 x 50\) cannot be Stiefel per input: 50 inputs of dimension 8 .*'per output'",
         ),
-        (nn.Linear(5, 2), {nn.Linear: sm.Rotations()}, "Rotations needs square matrices.*another manifold"),
+        (nn.Linear(5, 2), {nn.Linear: sm.Rotations()}, "Rotations needs square matrices.*None"),
         (nn.LayerNorm(5), {nn.LayerNorm: STIEFEL}, "no sides are known for LayerNorm"),
-        (nn.LazyLinear(5), {nn.LazyLinear: STIEFEL}, "weight has no shape yet: call the model once"),
-        (PARAMETRIZED(nn.Linear(5, 2)), {nn.Linear: STIEFEL}, "weight is parametrized; remove that first"),
+        (nn.LazyLinear(5), {nn.LazyLinear: STIEFEL}, "'weight' of a lazy module has no shape yet: call the model once"),
+        (
+            PARAMETRIZED(nn.Linear(5, 2)),
+            {nn.Linear: STIEFEL},
+            "weight' is parametrized .*take the parametrization away",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(model, chosen, message):
@@ -226,3 +233,10 @@ def test_the_page_about_rules_runs():
         exec(block, names)
     assert set(names["rules"]) == {"0.weight", "1.weight", "2.weight", "3.in_proj_weight", "3.out_proj.weight"}
     names["optimizer"].check(1e-5)
+
+
+def test_a_rule_takes_no_words():
+    with pytest.raises(ValueError, match=r"got Rule\(Stiefel.*'per output'\); sides in words are for rules_for"):
+        sm.Rule(STIEFEL, "per output")
+    with pytest.raises(ValueError, match=r"a manifold and a MatrixView or None, got Rule\('Stiefel', None\)$"):
+        sm.Rule("Stiefel")

@@ -29,7 +29,6 @@ from subspace_meta.optimizers import (
     SPEL,
     CRMSProp,
     Landing,
-    ManifoldMuon,
     RAdaGD,
     RAdam,
     RAdGD,
@@ -123,12 +122,6 @@ UNTUNED = (
     Baseline("NRDoG", lambda geometry, lr: RDoG(geometry, lr, "NRDoG"), default=1.0, source="Dodd et al., 2024"),
     Baseline("RAdaGD", lambda geometry, lr: RAdaGD(geometry, lr), default=1.0, source="ICLR 2026"),
     Baseline("RAdGD", lambda geometry, lr: RAdGD(geometry, lr), default=1.0, source="arXiv 2504.16724"),
-    Baseline(
-        "manifold Muon",
-        lambda geometry, lr: ManifoldMuon(geometry, lr),
-        default=0.1,
-        source="Bernstein, 2025, its code",
-    ),
 )
 # What a run of a few minutes is compared with: the best of the plain, the adaptive and the row and column methods.
 QUICK_BASELINES = tuple(b for b in BASELINES if b.name in ("RSGD-momentum", "RAdam", "RASA-LR"))

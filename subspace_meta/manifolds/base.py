@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import known_true
+from subspace_meta._tracing import has_values, known_true
+
+# The dimensions of a matrix, for what works along chosen ones.
+MATRIX = (-2, -1)
 
 
 class Manifold(abc.ABC):
@@ -163,6 +167,34 @@ class Manifold(abc.ABC):
         return v.to(x.dtype)
 
 
+def values_at_hand(*tensors: Tensor) -> bool:
+    """Return whether reading the tensors costs nothing: plain ones on a CPU, neither traced nor transformed.
+
+    Then a cheaper way to the *same* result may be chosen by looking; see :func:`subspace_meta._tracing.known_true`.
+    """
+    return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+# Far above every bound of a retraction, and below where squares of squares overflow in float32.
+_HUGE = 2.0**28
+
+
+def without_huge(
+    v: Tensor, squares: Callable[[Tensor], Tensor], dim: tuple[int, ...] = MATRIX
+) -> tuple[Tensor, Tensor]:
+    """Return V and ``squares(V)``; a step so long that these may overflow is brought to the length 2^28 along ``dim``.
+
+    Every bound shortens it further, and its direction is all that counts; so the factor is a constant.
+    """
+    if values_at_hand(v):
+        squared = squares(v)
+        if known_true(squared < _HUGE * _HUGE):
+            return v, squared
+    norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
+    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
+    return v, squares(v)
+
+
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw independent standard normal entries in the shape, type and place of ``x``."""
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -290,6 +322,61 @@ def divide_by_lower(y: Tensor, factor: Tensor) -> Tensor:
             rest = subtract_product(rest, q, factor[..., start:end, first:last].mT)
         columns.append(rest @ torch.linalg.solve_triangular(corner, identity_like(corner), upper=True))
     return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0]
+
+
+def _differentiated(a: Tensor) -> bool:
+    """Return whether a plain tensor carries derivatives, in reverse or in forward mode."""
+    dual = torch.autograd.forward_ad.unpack_dual(a)  # type: ignore[no-untyped-call]
+    return a.requires_grad or dual.tangent is not None
+
+
+def squared_angles(squared_sines: Tensor, angles: Tensor) -> Tensor:
+    """Return sum t_i^2 with right first and second derivatives, shape ``(...)``, though it takes a decomposition.
+
+    ``squared_sines`` is a symmetric S, ``(..., p, p)``, with eigenvalues sin(t_i)^2; ``angles`` are its t_i in
+    [0, pi/2], ascending, by whatever way is most accurate. With E = U^T (S - S_0) U in the eigenbasis of the constant
+    S_0 = S, so E = 0 but for its derivatives, and f(q) = asin(sqrt q)^2,
+
+        tr f(S) = sum_i t_i^2 + sum_i f'_i E_ii + sum_ij f'[q_i, q_j] E_ij^2 / 2 + O(E^3),
+
+    with divided differences f'[.,.] (Daleckii and Krein 1965; Higham, "Functions of Matrices", 2008, theorem 3.11):
+    no eigenvalue gap is divided by. Derivatives of third order are not right, and at t = pi/2 none exists.
+    """
+    t = angles.detach()
+    if values_at_hand(squared_sines) and not _differentiated(squared_sines):
+        return t.square().sum(dim=-1)
+    eps = torch.finfo(t.dtype).eps
+    constant = squared_sines.detach()
+    basis = torch.linalg.eigh(constant).eigenvectors
+    e = basis.mT @ (squared_sines - constant) @ basis
+    # f' = 2t / sin 2t. The floors keep what does not exist at pi/2 finite.
+    slope = 1.0 / torch.sinc(2.0 / math.pi * t).clamp(min=eps)
+    ti, tj = t[..., :, None], t[..., None, :]
+    middle = 0.5 * (ti + tj)
+    # f'' = (2 sin 2t - 4t cos 2t) / sin(2t)^3; near 0 by its series, sum_n 4^n (n-1) q^(n-2) / (2n binom(2n, n)).
+    q = middle.sin().square()
+    series = torch.zeros_like(q)
+    for n in range(16, 1, -1):
+        series = series * q + 4**n * (n - 1) / (2 * n * math.comb(2 * n, n))
+    wide = torch.where(q < 0.1, 0.5, middle)
+    sine = (2.0 * wide).sin()
+    curvature = torch.where(q < 0.1, series, (2.0 * sine - 4.0 * wide * (2.0 * wide).cos()) / sine.clamp(min=eps) ** 3)
+    # sin(s)^2 - sin(t)^2 = sin(s + t) sin(s - t); at angles this close the middle's f'' errs less than a difference.
+    close = (ti - tj).abs() < eps ** (1 / 3)
+    gap = (ti + tj).sin() * (ti - tj).sin()
+    ratio = (slope[..., :, None] - slope[..., None, :]) / torch.where(close | (gap == 0), 1.0, gap)
+    divided = torch.where(close, curvature, ratio)
+    first = (slope * torch.diagonal(e, dim1=-2, dim2=-1)).sum(dim=-1)
+    value: Tensor = t.square().sum(dim=-1) + first + 0.5 * (divided * e.square()).sum(dim=(-2, -1))
+    return value
+
+
+def root_at(value: Tensor, squared: Tensor) -> Tensor:
+    """Return ``value`` with the first and second derivatives of the root of ``squared`` = value^2; 0 at 0."""
+    value = value.detach()
+    safe = torch.where(value == 0, 1.0, value)
+    change = (squared - squared.detach()) / safe
+    return value + torch.where(value == 0, 0.0, 0.5 * change - 0.125 * change.square() / safe)
 
 
 def gram_error(x: Tensor) -> Tensor:

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds.base import Manifold, embedded_inner, gram_error, subtract_product, without_rounding
+from subspace_meta.manifolds.base import (
+    Manifold,
+    embedded_inner,
+    gram,
+    gram_error,
+    root_at,
+    squared_angles,
+    subtract_product,
+    without_rounding,
+)
 from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
 from subspace_meta.manifolds.stiefel import check_tall, nearest_orthonormal, random_orthonormal
 
@@ -87,8 +96,13 @@ class Grassmann(Manifold):
         return (normal * ratio[..., None, :]) @ left.mT
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the sum of squared principal angles. Not for differentiated paths."""
-        return _principal_angles(x, y)[-1].square().sum(dim=-1)
+        """Return the sum of squared principal angles. Two derivatives, up to the right angle."""
+        # Y - X has the same horizontal part as Y, and is exactly 0 at Y = X.
+        return squared_angles(gram(self.project(x, y - x)), _angles(x, y))
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the root of the sum of squared principal angles. Two derivatives, up to the right angle."""
+        return root_at(torch.linalg.vector_norm(_angles(x, y), dim=-1), self.squared_distance(x, y))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor: an orthonormal basis of the same span."""
@@ -107,6 +121,14 @@ class Grassmann(Manifold):
     def violation(self, x: Tensor) -> Tensor:
         """Return the largest absolute entry of X^T X - I of the basis."""
         return gram_error(x)
+
+
+def _angles(x: Tensor, y: Tensor) -> Tensor:
+    """Return the principal angles, ascending, each from its sine and its cosine; a constant for derivatives."""
+    x, y = x.detach(), y.detach()
+    cosines = torch.linalg.svdvals(x.mT @ y)
+    sines = torch.linalg.svdvals(subtract_product(y - x, x, x.mT @ (y - x)))
+    return torch.atan2(sines.flip(-1), cosines)
 
 
 def _principal_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

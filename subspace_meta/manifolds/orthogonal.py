@@ -17,12 +17,20 @@ from torch import Tensor
 from subspace_meta.manifolds.base import (
     Manifold,
     embedded_inner,
+    gram,
     gram_error,
+    root_at,
     skew_part,
+    squared_angles,
     symmetric_part,
     without_rounding,
 )
-from subspace_meta.manifolds.retractions import OrthonormalRetraction, PolarNewtonSchulz, canonical_geodesic
+from subspace_meta.manifolds.retractions import (
+    OrthonormalRetraction,
+    PolarNewtonSchulz,
+    canonical_geodesic,
+    newton_schulz_step,
+)
 from subspace_meta.manifolds.stiefel import nearest_orthonormal, random_orthonormal
 
 
@@ -53,45 +61,82 @@ def rotation_exp(x: Tensor, v: Tensor) -> Tensor:
     return canonical_geodesic(x, v.to(x.dtype))
 
 
-# Angles whose cosine is below this are far: their sine is small, or on its way there.
-_FAR = -0.5
+def _half_angles(x: Tensor, y: Tensor) -> Tensor:
+    """Return half the angles of X^T Y, ascending, n of them (each plane twice); a constant for derivatives.
 
-
-def rotation_log(x: Tensor, y: Tensor) -> Tensor:
-    """Return X log(X^T Y) for X and Y in one component; where an angle is pi, one of the shortest tangents.
-
-    The symmetric and the skew part S and K of a rotation Q commute and are cos T and sin T. With S = V diag(cos t) V^T,
-    log Q = K f(S), f(cos t) = t / sin t, serves up to t = 2 pi/3. Beyond, K loses digits relative to itself, and only
-    its direction J = K (-K^2)^{-1/2}, the polar factor, is taken: log Q = J T. At t = pi itself K is 0, and J
-    turns pairs of eigenvectors into each other. By decompositions: not for differentiated paths. 40n^3 flops.
+    sin(t/2) and cos(t/2) are the singular values of (Y - X)/2 and (Y + X)/2: accurate at 0 and at pi.
     """
-    # Q - I from the difference, which is exact where X and Y are near.
-    skew = skew_part(x.mT @ (y - x))
-    cosines, vectors = torch.linalg.eigh(symmetric_part(x.mT @ y))
-    skew = vectors.mT @ skew @ vectors
-    sines = torch.linalg.vector_norm(skew, dim=-2)
-    angles = torch.atan2(sines, cosines)
-    far = (cosines < _FAR).to(x.dtype)
-    ratio = torch.where(sines > 0, angles / torch.where(sines > 0, sines, 1.0), 1.0)
-    # Ascending cosines: eigenvectors of one plane are neighbours, those of -1 come first.
-    pairs = torch.zeros_like(skew)
-    even = torch.arange(0, x.shape[-1] - 1, 2, device=x.device)
-    pairs[..., even, even + 1], pairs[..., even + 1, even] = -1.0, 1.0
-    both_far = far[..., :, None] * far[..., None, :]
-    left, _, right = torch.linalg.svd(both_far * (skew + 4.0 * torch.finfo(x.dtype).eps * pairs))
-    log = skew * (ratio * (1.0 - far))[..., None, :] + (left @ right) * (angles * far)[..., None, :]
-    return x @ skew_part(vectors @ log @ vectors.mT)
+    x, y = x.detach(), y.detach()
+    return torch.atan2(torch.linalg.svdvals(y - x).flip(-1), torch.linalg.svdvals(y + x))
 
 
 def squared_rotation_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return the sum of the squared angles of X^T Y, each plane counted twice, for X and Y in one component.
+    """Return |log(X^T Y)|_F^2, NaN where the determinants differ; two derivatives, up to the angle pi."""
+    return torch.where(_joined(x, y), 4.0 * squared_angles(0.25 * gram(y - x), _half_angles(x, y)), torch.nan)
 
-    Q - I and Q + I have the singular values 2 sin(t/2) and 2 cos(t/2), so each angle is accurate to rounding. By two
-    decompositions: not for differentiated paths.
+
+def rotation_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Return |log(X^T Y)|_F, accurate to rounding at every angle; NaN where the determinants differ."""
+    return root_at(2.0 * torch.linalg.vector_norm(_half_angles(x, y), dim=-1), squared_rotation_distance(x, y))
+
+
+def _widest_gap(cosines: Tensor) -> Tensor:
+    """Return the middle of the widest gap in [-0.9, 0.9] between ascending ``cosines``, shape ``(..., 1)``."""
+    ends = torch.full_like(cosines[..., :1], 0.9)
+    levels = torch.cat([-ends, cosines.clamp(min=-0.9, max=0.9), ends], dim=-1)
+    widest = levels.diff(dim=-1).argmax(dim=-1, keepdim=True)
+    return 0.5 * (levels.gather(-1, widest) + levels.gather(-1, widest + 1))
+
+
+def _angle_by_sine(cosines: Tensor) -> Tensor:
+    """Return t / sin t, given cos t well above -1."""
+    # With h = sin(t/2)^2 = (1 - cos t)/2: t / sin t = asin(sqrt h) / sqrt(h (1 - h)), which is 1 at h = 0.
+    half = (0.5 * (1.0 - cosines)).clamp(min=torch.finfo(cosines.dtype).tiny, max=1.0 - torch.finfo(cosines.dtype).eps)
+    return half.sqrt().asin() / (half * (1.0 - half)).sqrt()
+
+
+def _quarter_turns(e: Tensor, inside: Tensor) -> Tensor:
+    """Return a skew J with J^2 = -I on the coordinates ``inside``, 0 elsewhere, that commutes with the skew E there.
+
+    J turns each plane of E the other way, by a right angle. Where E is 0 but for rounding any planes serve.
+    ``inside`` is 0 or 1, of shape ``(..., n)``, for an even number of coordinates. Two decompositions.
     """
-    sines = torch.linalg.svdvals(x.mT @ (y - x))
-    cosines = torch.linalg.svdvals(x.mT @ (y + x)).flip(-1)
-    return (2.0 * torch.atan2(sines, cosines)).square().sum(dim=-1)
+    n = e.shape[-1]
+    size, vectors = torch.linalg.eigh(torch.complex(torch.zeros_like(e), e))
+    # What the decomposition confuses: +e and -e below some units of rounding of the largest.
+    turning = size > 16.0 * torch.finfo(e.dtype).eps * size.abs().amax(dim=-1, keepdim=True)
+    # E u = -ie u: the planes are those of Re u and Im u.
+    projector = (vectors * turning[..., None, :]) @ vectors.mH
+    # Pairs of the vectors that are left, which have the largest eigenvalues, 1.
+    rest, basis = torch.linalg.eigh(torch.diag_embed(inside) - 2.0 * projector.real)
+    pairs = torch.zeros(n, n, dtype=e.dtype, device=e.device)
+    odd = torch.arange(n - 1, 0, -2, device=e.device)
+    pairs[odd, odd - 1] = 1.0
+    kept = basis * (rest > 0.5)[..., None, :]
+    turns = -2.0 * projector.imag + kept @ (pairs - pairs.mT) @ kept.mT
+    # A plane just above the threshold comes out askew by up to a tenth, which four squarings remove.
+    for _ in range(4):
+        turns = newton_schulz_step(skew_part(turns))
+    return skew_part(turns)
+
+
+def rotation_log(x: Tensor, y: Tensor) -> Tensor:
+    """Return X log(X^T Y): a shortest tangent from X to Y, also where angles are pi; NaN in another component.
+
+    The symmetric and the skew part C and K of a rotation commute and are cos T and sin T. In the eigenbasis of C, which
+    is split at a gap between angles, log = K (t / sin t) for the smaller ones. The larger ones are pi J + E, where
+    E = -K (pi - t) / sin t is the logarithm of -Q there and J turns the same planes by a right angle: accurate at pi,
+    where K says nothing about the planes, and finite where they are not unique. Three decompositions of n x n matrices:
+    not for differentiated paths.
+    """
+    rotation = x.mT @ y
+    cosines, basis = torch.linalg.eigh(symmetric_part(rotation))
+    large = (cosines < _widest_gap(cosines)).to(x.dtype)
+    k = skew_part(basis.mT @ rotation @ basis)
+    smaller = k * ((1.0 - large) * _angle_by_sine(cosines))[..., None, :] * (1.0 - large)[..., :, None]
+    e = -skew_part(k * (large * _angle_by_sine(-cosines))[..., None, :] * large[..., :, None])
+    logarithm = skew_part(smaller) + math.pi * _quarter_turns(e, large) + e
+    return torch.where(_joined(x, y)[..., None, None], x @ (basis @ logarithm @ basis.mT), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -156,15 +201,15 @@ class Orthogonal(Manifold):
 
         Not for differentiated paths.
         """
-        return torch.where(_joined(x, y)[..., None, None], rotation_log(x, y), torch.nan)
+        return rotation_log(x, y)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared Frobenius norm of log(X^T Y); NaN if the determinants differ."""
-        return torch.where(_joined(x, y), squared_rotation_distance(x, y), torch.nan)
+        """Return the squared distance; NaN if the determinants differ. Two derivatives, up to the angle pi."""
+        return squared_rotation_distance(x, y)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(X^T Y); NaN if the determinants differ."""
-        return self.squared_distance(x, y).sqrt()
+        """Return the Frobenius norm of log(X^T Y); NaN if the determinants differ. Two derivatives, up to pi."""
+        return rotation_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""
@@ -187,4 +232,5 @@ class Orthogonal(Manifold):
 
 def _joined(x: Tensor, y: Tensor) -> Tensor:
     """Return whether two orthogonal matrices lie in one component, ``(...)``."""
-    return torch.linalg.det(x) * torch.linalg.det(y) > 0
+    joined: Tensor = torch.linalg.det(x) * torch.linalg.det(y) > 0
+    return joined

@@ -15,6 +15,7 @@ from subspace_meta.manifolds.orthogonal import (
     check_square,
     left_translation,
     rotation_dimension,
+    rotation_distance,
     rotation_exp,
     rotation_log,
     rotation_projection,
@@ -85,8 +86,12 @@ class Rotations(Manifold):
         return rotation_log(x, y)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared Frobenius norm of log(X^T Y). Not for differentiated paths."""
+        """Return the squared Frobenius norm of log(X^T Y). Two derivatives, up to pi. NaN where Y is a reflection."""
         return squared_rotation_distance(x, y)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the Frobenius norm of log(X^T Y). Two derivatives, up to the angle pi. NaN where Y is a reflection."""
+        return rotation_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest rotation: the polar factor, its weakest direction turned over if the determinant asks."""

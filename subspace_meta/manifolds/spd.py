@@ -229,11 +229,12 @@ class _Pair:
     values: Tensor
     right: Tensor
     difference: Tensor
+    definite: Tensor  # whether both points are positive definite, (..., 1)
 
     @staticmethod
     def of(x: Tensor, y: Tensor) -> _Pair:
         """Decompose. 3n^3 flops and a singular value decomposition."""
-        factor, end = cholesky(x), cholesky(y)
+        (factor, wrong), (end, also_wrong) = torch.linalg.cholesky_ex(x), torch.linalg.cholesky_ex(y)
         k = torch.linalg.solve_triangular(factor, end, upper=False)
         constant = k.detach()
         # At equal points K is the identity, without the rounding errors that solving leaves. A matrix that is not
@@ -243,11 +244,12 @@ class _Pair:
         left, values, right = torch.linalg.svd(torch.where(finite & ~equal, constant, identity_like(constant)))
         # A matrix that is not positive definite has no factor, and K may be singular; logarithms stay finite.
         values = values.clamp(min=torch.finfo(k.dtype).tiny)
-        return _Pair(factor, end, left, values, right.mT, left.mT @ (k - constant) @ right.mT)
+        definite = (wrong + also_wrong == 0)[..., None]
+        return _Pair(factor, end, left, values, right.mT, left.mT @ (k - constant) @ right.mT, definite)
 
     def logarithm(self) -> tuple[Tensor, Tensor]:
-        """Return g and X of value 0 with log(K K^T) = U (diag(g) + X) U^T, g = 2 log s."""
-        logs = 2.0 * self.values.log()
+        """Return g and X of value 0 with log(K K^T) = U (diag(g) + X) U^T, g = 2 log s; NaN for want of K."""
+        logs = torch.where(self.definite, 2.0 * self.values.log(), torch.nan)
         # K K^T = U diag(s) (I + N)(I + N^T) diag(s) U^T
         n = self.difference / self.values[..., :, None]
         return logs, logarithm_difference(logs, n + n.mT + n @ n.mT)
@@ -329,12 +331,15 @@ class SPD(Manifold):
         return symmetric_part(half @ half.mT)
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return L log(L^{-1} Y L^{-T}) L^T."""
+        """Return L log(L^{-1} Y L^{-T}) L^T; NaN where a matrix is not positive definite."""
         pair = _Pair.of(x, y)
         return compose(pair.factor @ pair.left, *pair.logarithm())
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return |log(L^{-1} Y L^{-T})|_F^2; three right derivatives, also at equal points."""
+        """Return |log(L^{-1} Y L^{-T})|_F^2; three right derivatives, also at equal points.
+
+        NaN where a matrix is not positive definite.
+        """
         logs, difference = _Pair.of(x, y).logarithm()
         return (torch.diag_embed(logs) + difference).square().sum(dim=(-2, -1))
 

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import known_true
-from subspace_meta.manifolds.base import Manifold, embedded_inner, root, without_rounding
-
-MATRIX = (-2, -1)
+from subspace_meta.manifolds.base import (
+    MATRIX,
+    Manifold,
+    embedded_inner,
+    root,
+    values_at_hand,
+    without_huge,
+    without_rounding,
+)
 
 
 def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -28,23 +33,6 @@ def dot(u: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 def normalized(y: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return Y divided by its norm along ``dim``."""
     return y * dot(y, y, dim).rsqrt()
-
-
-# Far above every bound of a step, and far below where its square overflows in float32.
-_HUGE = 2.0**28
-
-
-def _without_huge(v: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return V and its squared norm along ``dim``; a step far beyond every bound is brought to the length 2^28.
-
-    Its direction is all that counts there, so the factor is a constant.
-    """
-    squared = dot(v, v, dim)
-    if known_true(squared < _HUGE * _HUGE):
-        return v, squared
-    norm = torch.linalg.vector_norm(v.detach(), dim=dim, keepdim=True, dtype=torch.float64)
-    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)
-    return v, dot(v, v, dim)
 
 
 def cosine_and_sinc(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +69,7 @@ class Normalization(SphereRetraction):
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the normalised sum."""
-        v, _ = _without_huge(v.to(x.dtype), dim)
+        v, _ = without_huge(v.to(x.dtype), lambda step: dot(step, step, dim), dim)
         return normalized(x + v, dim)
 
 
@@ -107,7 +95,7 @@ class SphereExponential(SphereRetraction):
 
     def __call__(self, x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
         """Return the geodesic's point at time 1."""
-        v, squared = _without_huge(v.to(x.dtype), dim)
+        v, squared = without_huge(v.to(x.dtype), lambda step: dot(step, step, dim), dim)
         limit = self.max_norm**2
         return great_circle(x, v * (limit / squared.clamp(min=limit)).sqrt(), dim)
 
@@ -125,25 +113,34 @@ def sphere_projection(x: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Carry ``v`` along the shortest great circle from ``x`` to ``y``: V - 2 <S, V> S / |S|^2, S = X + Y.
+    """Carry the tangent ``v`` along the shortest great circle to ``y``: V - <Y, V> (X + Y) / (1 + <X, Y>).
 
-    A reflection, which sends X to -Y: isometric to rounding however near to the antipode ``y`` is. At Y = -X the circle
-    is not unique, and V stays as it is: it is tangent there.
+    Isometric to rounding up to the antipode, where 1 + <X, Y> cancels: with D = X - Y and the part S of X + Y normal to
+    D it is the reflection V - 2 <S, V> S / |S|^2. The circle is not unique for Y = -X; there ``v`` stays, one limit.
     """
     v = v.to(x.dtype)
-    between = x + y
-    squared = dot(between, between, dim)
-    opposite = squared == 0
-    return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))
+    total = x + y
+    if values_at_hand(x, y):
+        opening = 1.0 + dot(x, y, dim)
+        # Far from 0, where dividing by it loses nothing.
+        if bool((opening > 0.5).all()):
+            return v - total * (dot(y, v, dim) / opening)
+    across = x - y
+    # |X| and |Y| differ by rounding, which X + Y may be no larger than.
+    middle = total - across * (dot(across, total, dim) / dot(across, across, dim).clamp(min=torch.finfo(x.dtype).tiny))
+    v = sphere_projection(x, v, dim)
+    # The smallest normal numbers stand for 0 / 0 at Y = X and at Y = -X.
+    squared = dot(middle, middle, dim).clamp(min=torch.finfo(x.dtype).tiny)
+    return v - middle * (2.0 * dot(middle, v, dim) / squared)
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return (t / sin t) (Y - cos(t) X) with cos t = <X, Y>; smooth at Y = X. At Y = -X: one of the shortest."""
-    # |Y - X|^2 = 2 - 2 cos t: the part along X, without the rounding error of 1 - cos t.
-    apart = y - x
-    normal = apart + x * (0.5 * dot(apart, apart, dim))
-    q = dot(normal, normal, dim)
     cosine = dot(x, y, dim)
+    # The part of Y normal to X, from whichever of Y - X and Y + X is small and hence exact.
+    normal = sphere_projection(x, torch.where(cosine < 0, y + x, y - x), dim)
+    q = dot(normal, normal, dim)
+    # q is the squared sine of an angle, so the switch to the series is no scale of the data.
     near = (q < 1e-4) & (cosine > 0)
     small = torch.where(near, q, 0.0)
     # asin(s)/s = 1 + q/6 + 3q^2/40 + 5q^3/112 + 35q^4/1152 + ..., q = s^2.

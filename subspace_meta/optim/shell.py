@@ -77,7 +77,7 @@ class Riemannian(torch.optim.Optimizer):
             are on manifolds if it is one of ``optimizer``, and to the rest if it is one of ``others``.
         rules: glob pattern of names -> manifold or ``Rule``, as for ``Geometry.from_rules``.
         optimizer: the class of a hand-made optimizer, ``sm.RAdam`` for instance.
-        lr: its learning rate; a float or a scalar tensor.
+        lr: its learning rate; a float or a scalar tensor. May be left out where the class has a default (``RDoG``).
         others: ``(list of parameters) -> torch optimizer``, for what is on no manifold; ``None``: this one takes them,
             as matrices of Euclidean space.
         project: move weights that are off their manifold to its nearest point, with a warning that names them:
@@ -101,7 +101,7 @@ class Riemannian(torch.optim.Optimizer):
         params: Module | Iterable[Any],
         rules: Rules,
         optimizer: Make,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         *,
         others: Others | None = torch.optim.AdamW,
         project: bool = True,
@@ -111,6 +111,10 @@ class Riemannian(torch.optim.Optimizer):
     ) -> None:
         if isinstance(optimizer, type) and dataclasses.is_dataclass(optimizer):
             refuse_unknown(settings, [field.name for field in dataclasses.fields(optimizer)], optimizer.__name__)
+            usual = options(optimizer).get("lr", dataclasses.MISSING)
+            lr = usual if lr is None and usual is not dataclasses.MISSING else lr
+        if lr is None:
+            raise ValueError(f"{getattr(optimizer, '__name__', optimizer)} has no learning rate of its own: give lr")
         make = _HandMade(optimizer, {"lr": lr, **settings})
         self._set_up(params, rules, make, {"lr": lr}, others, project, check_gradients, non_finite)
 
@@ -259,7 +263,7 @@ class Riemannian(torch.optim.Optimizer):
         results = [_advanced(one, loss) for one in work]
         if not self._acceptable(results):
             return returned
-        if self._others is not None:
+        if self._others is not None and not self._withheld(work, loss):
             self._others.step()  # before anything is written: it may refuse
         self._commit(results)
         return returned
@@ -308,13 +312,25 @@ class Riemannian(torch.optim.Optimizer):
             )
             own.cohorts.append(Cohort(optimizer, optimizer.init(params)))
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _withheld(self, work: list[_Work], loss: Tensor | None) -> bool:
+        """Return whether the guard does not take this step, so that the other parameters stay, too."""
+        guarded = any(getattr(one.cohort.optimizer, "guarded", False) for one in work)
+        return guarded and not bool(torch.isfinite(torch.as_tensor(loss)).all())
+
     def _gradients_are_good(self) -> bool:
         gradients = {name: p.grad for *_, members in self._own() for name, p in members.items() if p.grad is not None}
         for name, gradient in gradients.items():
             if gradient.is_sparse:
                 raise ValueError(f"the gradient of {name!r} is sparse; a parameter on a manifold needs a dense one")
+        for group in self.param_groups[len(self._groups) :]:
+            pairs = zip(group["param_names"], group["params"], strict=True)
+            gradients.update({name: p.grad for name, p in pairs if p.grad is not None and not p.grad.is_sparse})
         if cohorts.all_finite(gradients.values()):
             return True
+        members = {name: p.detach() for *_, group in self._own() for name, p in group.items()}
+        if spoiled := cohorts.not_finite(members):
+            return self._refused(f"the parameters {cohorts.quoted(spoiled)} are not finite, nor are gradients")
         return self._refused(f"the gradients of {cohorts.quoted(cohorts.not_finite(gradients))} are not finite")
 
     def _refused(self, reason: str) -> bool:
@@ -425,6 +441,10 @@ class Riemannian(torch.optim.Optimizer):
         own = len(self._groups)
         found = self._found_cohorts(state, groups[:own])
         if self._others is not None:
+            for saved, group in zip(groups[own:], self._others.param_groups, strict=True):
+                if lacking := [key for key in group if key not in saved and key in self._others.defaults]:
+                    kind = type(self._others).__name__
+                    raise ValueError(f"the other parameters' state is not of {kind}: it has no option {lacking[0]!r}")
             rest = {p for group in self._others.param_groups for p in group["params"]}
             of_others = {number: state_dict["state"][number] for number, p in by_id.items() if p in rest and p in state}
             self._others.load_state_dict({"state": of_others, "param_groups": groups[own:]})

@@ -105,3 +105,8 @@ def blend(state: GuardState, gradient: Tensor, direction: Tensor, factor: Tensor
     learned, safe = _per_run(state.finite * trust, dims), _per_run(1 - trust, dims)
     length = gradient.square().sum(dim=-2, keepdim=True).mean(dim=-1, keepdim=True).sqrt()
     return learned * (factor * direction) - safe * (SAFE_RATE / length.clamp(min=1.0)) * gradient
+
+
+def taken(state: GuardState, x: Tensor, moved: Tensor, dims: int) -> Tensor:
+    """Return the points after the step, those before it in runs whose step is not taken; ``dims`` as for blend."""
+    return torch.where(_per_run(state.finite, dims), moved, x)

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from subspace_meta.adapter.features import TINY
 from subspace_meta.geometry import Geometry, Params
-from subspace_meta.manifolds.base import euclidean_inner, gram, identity_like, spectral_bound
-from subspace_meta.manifolds.retractions import newton_schulz_step, without_huge
+from subspace_meta.manifolds.base import euclidean_inner, gram, identity_like, spectral_bound, without_huge
+from subspace_meta.manifolds.retractions import newton_schulz_step
 from subspace_meta.optimizers.base import check_decay, check_manifolds, check_rate, check_start, gather_euclidean
 from subspace_meta.optimizers.landing import relative_gradient
 

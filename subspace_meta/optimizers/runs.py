@@ -35,8 +35,8 @@ from subspace_meta.manifolds import (
     Stiefel,
     StiefelCanonical,
 )
+from subspace_meta.manifolds.base import MATRIX
 from subspace_meta.manifolds.oblique import COLUMN
-from subspace_meta.manifolds.sphere import MATRIX
 from subspace_meta.optimizers.base import ORTHONORMAL, retract_all
 
 # The exponential maps; each shortens steps beyond its ``max_norm``, where a length has no meaning any more.

@@ -161,9 +161,10 @@ class SubspaceOptimizer:
         if isinstance(self.lr, Tensor) or self.lr != 1.0:
             factors = [self.lr * factor for factor in factors]
         if watched is not None:
+            dims = [len(group.members[0].matrix_shape) - watched.trust.ndim for group in groups]
             directions = [
-                guard.blend(watched, r, u, factor, len(group.members[0].matrix_shape) - watched.trust.ndim)
-                for group, r, u, factor in zip(groups, seen_gradients, directions, factors, strict=True)
+                guard.blend(watched, r, u, factor, n)
+                for r, u, factor, n in zip(seen_gradients, directions, factors, dims, strict=True)
             ]
             factors = [1.0] * len(directions)
         # Projection and coordinates are linear: the factor comes last, where the tangent is in the cache.
@@ -172,6 +173,8 @@ class SubspaceOptimizer:
             for g, x, u, factor in zip(groups, points, directions, factors, strict=True)
         ]
         moved = retract_all(self.geometry, points, tangents)
+        if watched is not None:  # a step of length 0 is no step but for rounding
+            moved = [guard.taken(watched, x, y, n) for x, y, n in zip(points, moved, dims, strict=True)]
         buffers = self.adapter.buffers(state)
         if buffers:
             carried = [

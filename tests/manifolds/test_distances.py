@@ -81,12 +81,15 @@ def test_random_rotations_agree_with_scipy():
         torch.testing.assert_close(Rotations().distance(x, y), torch.linalg.matrix_norm(logs), rtol=1e-9, atol=1e-9)
 
 
-def test_between_components_of_the_orthogonal_group_there_is_no_distance():
+@pytest.mark.parametrize("manifold", [Orthogonal(), Rotations(), SPD()], ids=lambda m: m.name)
+def test_where_there_is_no_path_there_is_no_distance(manifold):
     x = torch.eye(3).expand(2, 3, 3)
-    y = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, -1.0]))])
-    assert Orthogonal().distance(x, y)[0] == 0
-    assert Orthogonal().distance(x, y)[1].isnan()
-    assert Orthogonal().log(x, y)[1].isnan().all()
+    for y in (torch.diag(torch.tensor([1.0, 1.0, -1.0])), -torch.eye(3)):
+        y = torch.stack([torch.eye(3), y])
+        assert manifold.distance(x, y)[0] == manifold.squared_distance(x, y)[0] == 0
+        assert manifold.distance(x, y)[1].isnan()
+        assert manifold.squared_distance(x, y)[1].isnan()
+        assert manifold.log(x, y)[1].isnan().all()
 
 
 def on_sphere(angle, dtype, d=3):

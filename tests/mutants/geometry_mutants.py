@@ -18,7 +18,19 @@ import sys
 from seeding import Mutant, hunt
 
 # In the order in which they are likely to fail and cheap to run.
-TESTS = ("formulas", "retractions", "spd", "distances", "long_steps", "checks", "battery", "derivatives", "drift")
+TESTS = (
+    "formulas",
+    "retractions",
+    "spd",
+    "distances",
+    "cut_locus",
+    "long_steps",
+    "turning_points",
+    "checks",
+    "battery",
+    "derivatives",
+    "drift",
+)
 REQUIRED = 0.95
 
 
@@ -46,7 +58,7 @@ MUTANTS = (
     mutant("base", "return root(self.inner(x, v / scale, v / scale)) * scale[..., 0, 0]", "return root(self.inner(x, v, v))", "squares overflow"),
     mutant("base", "torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0 * squares)", "squares.sqrt()", "NaN derivative"),
     # retractions
-    mutant("retractions", "    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)\n", "", "huge steps vanish"),
+    mutant("base", "    v = v * (_HUGE / norm.clamp(min=_HUGE)).to(v.dtype)\n", "", "huge steps vanish"),
     mutant("retractions", "return Cayley(min(self.max_norm, 2.0))", "return self", "a subspace comes nearer again"),
     mutant("retractions", "return Geodesic(self.metric, min(self.max_norm, math.pi / 2))", "return self", "a subspace comes nearer again"),
     mutant("retractions", "max_norm: float = math.pi", "max_norm: float = 3.3", "past the way back"),
@@ -121,8 +133,11 @@ MUTANTS = (
     # sphere, oblique
     mutant("sphere", "return v - x * dot(x, v, dim)", "return v + x * dot(x, v, dim)", "wrong sign"),
     mutant("sphere", "return y * dot(y, y, dim).rsqrt()", "return y / dot(y, y, dim)", "dropped square root"),
-    mutant("sphere", "return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))", "return v - y * dot(y, v, dim)", "projection instead of transport"),
-    mutant("sphere", "return v - between * (2.0 * dot(between, v, dim) / torch.where(opposite, 1.0, squared))", "return v - between * (dot(y, v, dim) / (1.0 + dot(x, y, dim)).clamp(min=1e-7))", "digits cancel near the antipode"),
+    mutant("sphere", "return v - total * (dot(y, v, dim) / opening)", "return v - y * dot(y, v, dim)", "projection instead of transport"),
+    mutant("sphere", "(opening > 0.5).all()", "(opening > -1.0).all()", "digits cancel near the antipode"),
+    mutant("sphere", "middle = total - across * (dot(across, total, dim)", "middle = total - 0.0 * across * (dot(across, total, dim)", "not tangent near the antipode"),
+    mutant("sphere", "return v - middle * (2.0 * dot(middle, v, dim) / squared)", "return v - middle * (dot(middle, v, dim) / squared)", "dropped factor 2"),
+    mutant("sphere", "torch.where(cosine < 0, y + x, y - x)", "y - x", "digits cancel near the antipode"),
     mutant("sphere", "return torch.where(opposite, math.pi * _some_direction(x, dim), log)", "return log", "no logarithm at the antipode"),
     mutant("sphere", "far = (2.0 * torch.atan2(chord, root(dot(between, between, dim)))).square()", "far = dot(x, y, dim).clamp(-1.0, 1.0).acos().square()", "digits cancel near the antipode"),
     mutant("sphere", "2.0 / (k * k * math.comb(2 * k, k))", "1.0 / (k * k * math.comb(2 * k, k))", "wrong coefficient"),
@@ -172,11 +187,22 @@ MUTANTS = (
     # rotations
     mutant("orthogonal", "return x @ skew_part(x.mT @ v.to(x.dtype))", "return x @ symmetric_part(x.mT @ v.to(x.dtype))", "wrong sign"),
     mutant("orthogonal", "return y @ skew_part(x.mT @ v.to(x.dtype))", "return y @ skew_part(y.mT @ v.to(x.dtype))", "projection instead of transport"),
-    mutant("orthogonal", "_FAR = -0.5", "_FAR = -2.0", "digits cancel near pi"),
-    mutant("orthogonal", "(skew + 4.0 * torch.finfo(x.dtype).eps * pairs)", "skew", "no logarithm at pi"),
-    mutant("orthogonal", "angles = torch.atan2(sines, cosines)", "angles = cosines.clamp(-1.0, 1.0).acos()", "inaccurate angle"),
-    mutant("orthogonal", "cosines = torch.linalg.svdvals(x.mT @ (y + x)).flip(-1)", "cosines = torch.linalg.svdvals(x.mT @ (y + x))", "sines paired with the wrong cosines"),
-    mutant("orthogonal", "sines = torch.linalg.svdvals(x.mT @ (y - x))\n", "sines = torch.linalg.svdvals(x.mT @ y - torch.eye(x.shape[-1], dtype=x.dtype))\n", "digits cancel at equal points"),
+    mutant("orthogonal", "cosines < _widest_gap(cosines)", "cosines < -2.0 + 0.0 * _widest_gap(cosines)", "digits cancel near pi"),
+    mutant("orthogonal", "levels.diff(dim=-1).argmax(", "levels.diff(dim=-1).argmin(", "split between equal angles"),
+    mutant("orthogonal", "16.0 * torch.finfo(e.dtype).eps * size.abs()", "0.0 * size.abs()", "planes from rounding"),
+    mutant("orthogonal", "kept @ (pairs - pairs.mT) @ kept.mT", "0.0 * kept @ kept.mT", "no logarithm at pi"),
+    mutant("orthogonal", "    for _ in range(4):\n        turns = newton_schulz_step(skew_part(turns))\n", "", "dropped clean-up of planes"),
+    mutant("orthogonal", "turns = -2.0 * projector.imag", "turns = 2.0 * projector.imag", "the long way round"),
+    mutant("orthogonal", "torch.linalg.svdvals(y - x).flip(-1)", "torch.linalg.svdvals(y - x)", "sines paired with the wrong cosines"),
+    mutant("orthogonal", "torch.linalg.svdvals(y + x))", "(4.0 - torch.linalg.svdvals(y - x).flip(-1).square()).clamp(min=0.0).sqrt())", "digits cancel near pi"),
+    mutant("orthogonal", "0.25 * gram(y - x)", "0.25 * gram(y - x).detach()", "no derivative of distances"),
+    mutant("base", "first + 0.5 * (divided", "first + 0.0 * (divided", "no second derivative of distances"),
+    mutant("base", "divided = torch.where(close, curvature, ratio)", "divided = ratio", "no second derivative at equal angles"),
+    mutant("base", "4**n * (n - 1) / (2 * n * math.comb(2 * n, n))", "4**n * n / (2 * n * math.comb(2 * n, n))", "wrong coefficient"),
+    mutant("base", "0.5 * change - 0.125 * change.square() / safe", "0.5 * change", "no second derivative of distances"),
+    mutant("grassmann", "torch.atan2(sines.flip(-1), cosines)", "torch.atan2(sines, cosines)", "sines paired with the wrong cosines"),
+    mutant("grassmann", "gram(self.project(x, y - x))", "gram(self.project(x, y))", "rounding instead of 0 at equal points"),
+    mutant("retractions", "CANONICAL_TURN = 0.5 * math.sqrt(3.0) * math.pi", "CANONICAL_TURN = math.pi", "past the way back"),
     mutant("orthogonal", "torch.linalg.det(x) * torch.linalg.det(y) > 0", "torch.linalg.det(x) * torch.linalg.det(y) > -2", "components joined"),
     mutant("rotations", "signs[..., -1] = torch.where(determinant < 0, -1.0, 1.0)", "signs[..., -1] = torch.where(determinant < 0, 1.0, 1.0)", "reflections"),
     mutant("rotations", "signs[..., -1] = ", "signs[..., 0] = ", "not the nearest rotation"),

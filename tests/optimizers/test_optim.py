@@ -487,6 +487,9 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changed():
             optimizer.load_state_dict(wrong)
         kept = optimizer.state_dict()
         assert all(torch.equal(kept["state"][0][key], value) for key, value in saved["state"][0].items())
+    with_sgd = shell("base", network(), others=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    with pytest.raises(ValueError, match="state is not of SGD: it has no option 'momentum'"):
+        with_sgd.load_state_dict(saved)
     hand_made = shell("RAdam", network())
     with pytest.raises(ValueError, match="another optimizer"):
         hand_made.load_state_dict(saved)

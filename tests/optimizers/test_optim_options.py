@@ -174,3 +174,10 @@ def test_schedulers_may_keep_their_keys_in_groups(schedule):
     again = made(sm.RAdam, network())
     again.load_state_dict(optimizer.state_dict())
     assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def test_a_rate_may_be_left_out_where_there_is_a_default():
+    optimizer = Riemannian(network(), RULES, sm.RDoG)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    with pytest.raises(ValueError, match="RAdam has no learning rate of its own: give lr"):
+        Riemannian(network(), RULES, sm.RAdam)

@@ -147,6 +147,29 @@ def test_a_gradient_that_would_overflow_is_refused_and_forgotten(preset):
 
 
 @learned_and_hand_made
+def test_gradients_of_the_other_parameters_are_looked_at_too(name):
+    model = network()
+    optimizer = shell(name, model)
+    train(optimizer, model, 1)
+    before = values(model)
+    with pytest.raises(ValueError, match=r"gradients of '2\.bias' are not finite; nothing was changed"):
+        train(optimizer, model, 1, lambda: model[2].bias.grad.fill_(torch.inf))
+    assert_equal(values(model), before)
+
+
+def test_the_guard_holds_the_other_parameters_back_too():
+    model = network()
+    optimizer = shell("base", model, guarded=True)
+    train(optimizer, model, 2)
+    before = values(model)
+    loss_of(model).backward()
+    optimizer.step(loss=torch.tensor(torch.nan))
+    assert_equal(values(model), before, 1e-12)
+    train(optimizer, model, 1)
+    assert not torch.equal(model[0].bias, before["0.bias"])
+
+
+@learned_and_hand_made
 def test_an_error_of_the_other_optimizer_comes_before_anything_is_changed(name):
     model = network()
     optimizer = shell(name, model)
@@ -213,6 +236,18 @@ def test_where_they_are_not_to_be_moved_they_are_refused(name):
     with pytest.raises(ValueError, match=r"'2\.weight' is not on Stiefel: constraint violation"):
         optimizer.step()
     assert_equal(values(model), before)
+
+
+@learned_and_hand_made
+def test_spoiled_weights_are_named_and_not_their_gradients(name):
+    model = network()
+    optimizer = shell(name, model)
+    train(optimizer, model, 2)
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    loss_of(model).backward()
+    with pytest.raises(ValueError, match=r"the parameters '2\.weight' are not finite, nor are gradients; nothing was"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["RAdam", "RSGD momentum"])
