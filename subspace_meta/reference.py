@@ -212,8 +212,8 @@ def _base(
 
     change = 0.7 * math.tanh(skipped("rate.skip") + pooled(3)) / (1 + state.step / settling)
     rate = min(5.0, max(-14.0, state.rate + change))
-    damping = skipped("decay.skip")
-    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2))
+    damping = skipped("decay.skip") if momentum_decay else 0.0
+    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2)) if momentum_decay else 0.0
     share = _sigmoid(float(theta["spectral.bias"]) + pooled(4)) if spectral else 0.0
 
     # D = diag(l) ((1-a) R + a M) diag(k), mixed with its orthonormal factor, the columns of both of root mean square

@@ -70,8 +70,10 @@ def lively_weights(preset: str = "base", seed: int = 0, dtype: torch.dtype = tor
     weights = PRESETS[preset].init_weights(generator)
     if "length.bias" in weights:
         weights["length.bias"] -= 3.0  # with these a run of long steps is chaotic, and retractions shorten them
+    sizes = {"length.gauge": 0.1 * size}  # powers of what spans decades
     return {
-        name: value.to(dtype) + size * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
+        name: value.to(dtype)
+        + sizes.get(name, size) * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
         for name, value in weights.items()
     }
 

@@ -112,20 +112,21 @@ class BaseAdapter:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the meta-parameters."""
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             **lstm_shapes("lstm", FEATURES, self.hidden),
             "head.weight": (2 * OUTPUTS, self.hidden),  # the outputs for rows, then those for columns
             "head.bias": (2 * OUTPUTS, 1),
             "scale.skip": (2, 4),
             "length.skip": (CONTEXT_FEATURES,),
-            "rate.skip": (CONTEXT_FEATURES,),
-            "length.bias": (),
-            "mix.bias": (),
-            "spectral.bias": (),
             "length.gauge": (GAUGES,),
-            "decay.skip": (CONTEXT_FEATURES,),
-            "decay.bias": (),
+            "length.bias": (),
+            "rate.skip": (CONTEXT_FEATURES,),
         }
+        if self.momentum_decay:
+            shapes.update({"mix.bias": (), "decay.skip": (CONTEXT_FEATURES,), "decay.bias": ()})
+        if self.spectral:
+            shapes.update({"spectral.bias": ()})
+        return shapes
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Draw meta-parameters that start as RASA-LR with momentum and steps of a tenth of a radian.
@@ -139,9 +140,10 @@ class BaseAdapter:
         weights["length.gauge"][0] = 0.95  # shorten the step as the gradient shrinks
         weights["rate.skip"][7] = 0.2
         weights["length.bias"] -= 3.5
-        weights["mix.bias"] += 1.0
-        weights["spectral.bias"] -= 2.0
+        if self.spectral:
+            weights["spectral.bias"] -= 2.0
         if self.momentum_decay:
+            weights["mix.bias"] += 1.0
             weights["decay.bias"] += math.log(self.momentum_decay / (1 - self.momentum_decay))
         return weights
 
@@ -249,10 +251,11 @@ class BaseAdapter:
         output, hidden, cell = lstm_cell(network, inputs, state.hidden, state.cell, layout, in_place)
         # Outputs beside the scales are pooled over each matrix.
         pooled = row_means(output[1:, : layout.rows], layout) + column_means(output[1:, layout.rows :], layout)
-        length_skip, rate_skip, decay_skip = (
-            (weights[name][:, None] * context).sum(dim=0) for name in ("length.skip", "rate.skip", "decay.skip")
-        )
-        change = torch.tanh(rate_skip + pooled[2]) * (RATE / (1 + state.step / self.settling))
+
+        def skip(name: str) -> Tensor:
+            return (weights[name][:, None] * context).sum(dim=0)
+
+        change = torch.tanh(skip("rate.skip") + pooled[2]) * (RATE / (1 + state.step / self.settling))
         rate = (state.rate + change).clamp(*RATE_BOUNDS)
         mix = torch.sigmoid(weights["mix.bias"] + pooled[1]) if momentum else None
         scaled, squares = directions(gradients, momentum, mix, output[0], layout, out)
@@ -266,7 +269,7 @@ class BaseAdapter:
             ]
         )
         powers = (weights["length.gauge"][:, None] * gauges).sum(dim=0)
-        length = LONGEST * torch.sigmoid(weights["length.bias"] + length_skip + pooled[0] + rate + powers)
+        length = LONGEST * torch.sigmoid(weights["length.bias"] + skip("length.skip") + pooled[0] + rate + powers)
         if self.spectral:
             shares = layout.per_group(torch.sigmoid(weights["spectral.bias"] + pooled[3]))
             groups = zip(scaled, layout.per_group(squares), layout.sizes, shares, strict=True)
@@ -276,7 +279,8 @@ class BaseAdapter:
         factors: list[Tensor | float] = [
             part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
         ]
-        of_matrices = (peak, first, mass, decay_skip, rate, turn, matrix[4])
+        damping = skip("decay.skip") if momentum else state.damping
+        of_matrices = (peak, first, mass, damping, rate, turn, matrix[4])
         return scaled, factors, BaseState(step, tuple(momentum), fast, slow, *of_matrices, hidden, cell)
 
     @staticmethod

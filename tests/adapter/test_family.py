@@ -80,5 +80,5 @@ def test_nesterov_to_the_floor():
 )
 def test_spectral_descent():
     weights = by_hand([0.0] * 5, momentum=1.0, spectral=1.0)
-    rates = (0.01, 0.018, 0.03, 0.042, 0.056, 0.075, 0.1, 0.13, 0.18)
+    rates = (0.003, 0.0056, 0.0075, 0.01, 0.013, 0.018)
     follows("orthonormal classification of YaleB 1024x38", "SPEL", weights, rates, 50)
