@@ -228,8 +228,11 @@ def _base(
     def half_log(numerator: float, denominator: float) -> float:
         return 0.5 * math.log((numerator + ZERO_GUARD) / (denominator + ZERO_GUARD))
 
+    # Of a size ten decades below the largest gradient it points nowhere any more, and shrinks.
+    size, spent = float(direction.square().sum()) / p, 1e-20 * d * peak
+    missing = spent / (size + spent + ZERO_GUARD)
     gauges = [
-        half_log(float(direction.square().sum()) / (d * p), peak),
+        half_log((size + spent) / d, peak),
         half_log(peak, first),
         math.log(t),
         math.log(mass) if momentum_decay else 0.0,
@@ -237,16 +240,16 @@ def _base(
     ]
     powers = sum(w * g for w, g in zip(theta["length.gauge"].tolist(), gauges, strict=True))
     length = 4.0 * _sigmoid(float(theta["length.bias"]) + skipped("length.skip") + pooled(1) + rate + powers)
-    direction = _unit(direction)
-    direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)))
+    direction = _unit(direction, spent)
+    direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)), missing)
     rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
     of_matrix = (peak, first, mass, damping, rate, turn, mean_agreement)
     return -length * direction, ReferenceState(t, momentum, *of_matrix, rows, columns)
 
 
-def _unit(direction: Tensor) -> Tensor:
-    """Return the direction with columns of root mean square length 1."""
-    return direction / math.sqrt(float(direction.square().sum()) / direction.shape[1] + ZERO_GUARD)
+def _unit(direction: Tensor, more: float = 0.0) -> Tensor:
+    """Return the direction with columns of root mean square length 1, shorter where ``more`` is not negligible."""
+    return direction / math.sqrt(float(direction.square().sum()) / direction.shape[1] + more + ZERO_GUARD)
 
 
 def _orthonormal(direction: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ GAUGES = 5  # direction/peak, peak/first, t, mass of the momentum, mass of the s
 LONGEST = 4.0  # the mean column motion of a step is shorter
 RATE = 0.7  # largest change of the log rate in one early step
 RATE_BOUNDS = (-14.0, 5.0)
+SPENT = 1e-20  # energy of a direction, relative to the gradient's largest, below which it points nowhere any more
 DECAY_BOUNDS = (-6.0, 7.0)  # of its logit: a decay from 0.0025 to 0.9991
 
 NETWORK = ("lstm.weight", "lstm.bias", "head.weight", "head.bias", "scale.skip")  # the fields of Network, in order
@@ -259,9 +260,15 @@ class BaseAdapter:
         rate = (state.rate + change).clamp(*RATE_BOUNDS)
         mix = torch.sigmoid(weights["mix.bias"] + pooled[1]) if momentum else None
         scaled, squares = directions(gradients, momentum, mix, output[0], layout, out)
+        # What momentum is left where the gradient has become 0 would be followed for ever, and its direction has a
+        # derivative without a bound.
+        rows = self._rows(layout, squares)
+        spent = SPENT * rows * peak
+        missing = spent / (squares + spent + TINY)
+        squares = squares + spent
         gauges = torch.stack(
             [
-                unbounded_log_ratio(squares / self._rows(layout, squares), peak),
+                unbounded_log_ratio(squares / rows, peak),
                 unbounded_log_ratio(peak, first),
                 torch.log(step).expand_as(peak),
                 torch.log(mass) if momentum else torch.zeros_like(peak),
@@ -275,7 +282,7 @@ class BaseAdapter:
             groups = zip(scaled, layout.per_group(squares), layout.sizes, shares, strict=True)
             mixed = [spectral_direction(*group) for group in groups]
             scaled = [direction for direction, _ in mixed]
-            squares = torch.cat([square.reshape(-1) for _, square in mixed])
+            squares = torch.cat([square.reshape(-1) for _, square in mixed]) + missing
         factors: list[Tensor | float] = [
             part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
         ]

@@ -22,6 +22,7 @@ TINY, FLOOR = 1e-30, 1e-6
 FAST, SLOW = 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
 OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS, DECAY_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0), (-6.0, 7.0)
+SPENT = 1e-20
 
 
 def project(x: Any, v: Any) -> Any:
@@ -138,6 +139,9 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     mix = jax.nn.sigmoid(theta["mix.bias"] + pooled[1])
     direction = row_scale[:, None] * (r + mix * (m - r)) * column_scale[None]
     squares = (direction**2).sum() / p
+    spent = SPENT * d * peak
+    missing = spent / (squares + spent + TINY)
+    squares = squares + spent
     gauges = jnp.stack(
         [
             0.5 * jnp.log((squares / d + TINY) / (peak + TINY)),
@@ -150,7 +154,7 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     logit = theta["length.bias"] + context @ theta["length.skip"] + pooled[0] + rate + gauges @ theta["length.gauge"]
     share = jax.nn.sigmoid(theta["spectral.bias"] + pooled[3])
     direction, squares = orthonormal_mix(direction, squares, share)
-    update = -LONGEST * jax.nn.sigmoid(logit) / jnp.sqrt(squares + TINY) * direction
+    update = -LONGEST * jax.nn.sigmoid(logit) / jnp.sqrt(squares + missing + TINY) * direction
     return update, (t, m, fast, slow, peak, first, mass, damping, rate, turn, means[4], hidden, cell)
 
 
