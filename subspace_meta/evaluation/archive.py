@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import pkgutil
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_meta import geometry, manifolds
+from subspace_meta import geometry, manifolds, optimizers
 from subspace_meta.checkpoint import write_atomically
 from subspace_meta.evaluation import protocol
 from subspace_meta.evaluation.protocol import (
@@ -48,8 +47,8 @@ from subspace_meta.evaluation.protocol import (
     evaluate_rates,
     tune,
 )
+from subspace_meta.geometry import Geometry
 from subspace_meta.meta.cost import entries
-from subspace_meta.optimizers import base as optimizers_base
 from subspace_meta.tasks import base as tasks_base
 from subspace_meta.tasks import data as tasks_data
 from subspace_meta.tasks import references
@@ -172,22 +171,38 @@ def _meaning_of(code: ModuleType | Callable[..., Any]) -> str:
 
 
 @functools.cache
-def _submodules(package: ModuleType) -> list[ModuleType]:
-    names = (f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__))
-    return [importlib.import_module(name) for name in names if not name.endswith(".checks")]
+def _with_imports(modules: tuple[str, ...], package: ModuleType) -> list[ModuleType]:
+    """Return modules, by name, with all that they import from a package by a module's name, ordered by their names."""
+    found: dict[str, ModuleType] = {}
+    left = list(modules)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found[name] = importlib.import_module(name)
+            statements = list(ast.walk(ast.parse(inspect.getsource(found[name]))))
+            sources = [node.module or "" for node in statements if isinstance(node, ast.ImportFrom)]
+            left += [source for source in sources if source.startswith(f"{package.__name__}.")]
+    return [found[name] for name in sorted(found)]
+
+
+def _manifold_modules(where: Geometry) -> list[ModuleType]:
+    """Return the modules that decide what the manifolds of a geometry, and their retractions, compute."""
+    values: list[Any] = [parameter.manifold for parameter in where.parameters]
+    values += [factor for value in values if isinstance(value, manifolds.Product) for factor in value.factors]
+    values += [value.retraction for value in values if hasattr(value, "retraction")]
+    return _with_imports(tuple({type(value).__module__ for value in values}), manifolds)
 
 
 DECIDING = (protocol.evaluate_rates, protocol.tune, protocol.measured_steps, cell_of, smoothed_minimum)
 
 
 def code_hash(task: SuiteTask, baseline: Baseline) -> str:
-    """Return a hash of the code that decides a cell: manifolds, geometry, the task's, the optimizer's, the protocol."""
+    """Return a hash of the code that decides a cell: manifolds and geometry, the task, the optimizer, the protocol."""
     optimizer = type(baseline.make(task.family.problem.geometry, torch.tensor(1e-2)))
     modules = [
-        *_submodules(manifolds),
+        *_manifold_modules(task.family.problem.geometry),
         geometry,
-        optimizers_base,
-        importlib.import_module(optimizer.__module__),
+        *_with_imports((optimizer.__module__,), optimizers),
         tasks_base,
         tasks_data,
         references,

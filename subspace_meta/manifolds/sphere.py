@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspace_meta._tracing import known_true
 from subspace_meta.manifolds.base import (
     MATRIX,
     Manifold,
     embedded_inner,
     root,
-    values_at_hand,
     without_huge,
     without_rounding,
 )
@@ -120,18 +120,18 @@ def parallel_transport(x: Tensor, y: Tensor, v: Tensor, dim: tuple[int, ...]) ->
     """
     v = v.to(x.dtype)
     total = x + y
-    if values_at_hand(x, y):
-        opening = 1.0 + dot(x, y, dim)
-        # Far from 0, where dividing by it loses nothing.
-        if bool((opening > 0.5).all()):
-            return v - total * (dot(y, v, dim) / opening)
+    opening = 1.0 + dot(x, y, dim)
+    near = opening > 0.5  # far from 0, where dividing by it loses nothing
+    by_sum = v - total * (dot(y, v, dim) / torch.where(near, opening, 1.0))
+    if known_true(near):
+        return by_sum
     across = x - y
     # |X| and |Y| differ by rounding, which X + Y may be no larger than.
-    middle = total - across * (dot(across, total, dim) / dot(across, across, dim).clamp(min=torch.finfo(x.dtype).tiny))
-    v = sphere_projection(x, v, dim)
-    # The smallest normal numbers stand for 0 / 0 at Y = X and at Y = -X.
-    squared = dot(middle, middle, dim).clamp(min=torch.finfo(x.dtype).tiny)
-    return v - middle * (2.0 * dot(middle, v, dim) / squared)
+    middle = total - across * (dot(across, total, dim) / torch.where(near, 1.0, dot(across, across, dim)))
+    # The smallest normal number stands for 0 / 0 at Y = -X.
+    squared = torch.where(near, 1.0, dot(middle, middle, dim).clamp(min=torch.finfo(x.dtype).tiny))
+    tangent = sphere_projection(x, v, dim)
+    return torch.where(near, by_sum, tangent - middle * (2.0 * dot(middle, tangent, dim) / squared))
 
 
 def sphere_log(x: Tensor, y: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import subspace_meta as sm
 from subspace_meta.evaluation import archive, protocol
 from subspace_meta.evaluation.archive import (
     cell_of,
@@ -63,6 +64,19 @@ def test_nothing_is_made_twice_and_other_code_is_stale(tmp_path, monkeypatch):
     assert [baseline.name for _, baseline in missing([TASK], few, tmp_path)] == ["RSGD", "RAdam"]
     longer = dataclasses.replace(TASK, horizon=30)
     assert code_hash(longer, RADAM) != code_hash(TASK, RADAM)
+
+
+def test_a_cell_depends_on_the_manifolds_of_its_task_and_on_no_others():
+    def names(**rules):
+        start = {name: rule.random_point((6, 2)) for name, rule in rules.items()}
+        modules = archive._manifold_modules(sm.Geometry.from_rules(start, rules))
+        return {module.__name__.rpartition(".")[2] for module in modules}
+
+    orthonormal = names(x=sm.Stiefel())
+    assert {"stiefel", "retractions", "base"} <= orthonormal
+    assert orthonormal.isdisjoint({"sphere", "oblique", "spd"})
+    assert {"oblique", "sphere", "base"} <= names(x=sm.Oblique())
+    assert "sphere" in names(x=sm.Product((sm.Stiefel(), sm.Sphere()), sizes=(4, 2)))
 
 
 def test_a_stale_cell_is_kept_if_its_numbers_hold(tmp_path):

@@ -207,3 +207,17 @@ def test_there_is_no_distance_on_stiefel():
     for method in (Stiefel().distance, Stiefel().squared_distance):
         with pytest.raises(NotImplementedError, match="no closed distance"):
             method(x, x)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize("apart", [0.0, 1e-16, 1e-8, 1e-3])
+def test_transport_to_points_nearby_where_values_are_unknown(case, apart):
+    """A trace cannot look how far apart two points are; near a converged run they are equal but for rounding."""
+    manifold, shape = case
+    x = manifold.random_point(shape, seeded(1), torch.float64)
+    u, v = (manifold.random_tangent(x, seeded(seed)) for seed in (2, 3))
+    # Not the same bits, and not exactly of norm 1.
+    y = manifold.retract(x, apart * u) * (1 + torch.finfo(x.dtype).eps)
+    mapped = torch.func.vmap(manifold.transport)(x, y, v)
+    torch.testing.assert_close(mapped, manifold.transport(x, y, v), rtol=0, atol=1e-11)
+    torch.testing.assert_close(mapped, v, rtol=0, atol=1e-11 + 20 * apart * float(u.norm()))
