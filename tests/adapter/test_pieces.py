@@ -8,6 +8,7 @@ from making import adapt_step, lively_weights, normal
 from subspace_kernels import Layout
 from subspace_kernels.reference import cross_matrix_means, matrix_mean
 
+import subspace_meta as sm
 from subspace_meta.adapter.base import CONTEXT_FEATURES, FEATURES, GAUGES, LONGEST, OUTPUTS, BaseAdapter
 from subspace_meta.adapter.features import FLOOR, clock, cosine, log_ratio
 from subspace_meta.adapter.network import init_lstm, lstm_cell
@@ -172,3 +173,10 @@ def test_paper_saturates_on_small_gradients():
     r = 1e-6 * normal(5, 3)
     (update,), _ = adapt_step(adapter, lively_weights("paper"), adapter.init(layout, [r]), layout, [r])
     torch.testing.assert_close(update, -1e-2 * r, rtol=1e-9, atol=0)
+
+
+def test_weights_of_one_preset_are_refused_by_another():
+    geometry = sm.Geometry.from_rules({"x": torch.zeros(5, 2)}, {"x": sm.Stiefel()})
+    for weights, preset in (("base", "light"), ("light", "base")):
+        with pytest.raises(ValueError, match=f"not those of preset '{preset}'.*spectral.bias"):
+            sm.SubspaceOptimizer(geometry, sm.pretrained(weights), preset)
