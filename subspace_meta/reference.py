@@ -45,6 +45,9 @@ class ReferenceState:
     step: int = 0
     momentum: Tensor | None = None  # (d, p), tangent at the current point
     peak: float = 0.0
+    first: float = 0.0  # the first mean energy that was not 0
+    mass: float = 0.0  # what the weights of the momentum's mean add up to
+    damping: float = 0.0  # what the last step adds to the logit of the momentum's decay
     rate: float = 0.0  # logarithm of the learning rate
     turn: float = 0.0  # cosine of the gradient and the momentum before it
     along: float = 0.0  # mean product of the gradient and the momentum
@@ -133,11 +136,14 @@ def _base(
     d, p = gradient.shape
     t = state.step + 1
 
-    # M <- M + w (R - M), w = (1 - b) / (1 - b^t): the running mean without Adam's bias towards zero.
+    # The weight of the newest value in a running mean without Adam's bias towards zero.
     def weight(decay: float) -> float:
         return (1 - decay) / (1 - decay**t)
 
-    momentum = old_momentum + weight(momentum_decay) * (gradient - old_momentum)
+    # M <- M + w (R - M), the same for a decay that changes: the mass m <- b m + 1 - b stands for 1 - b^t.
+    decay = _sigmoid(min(7.0, max(-6.0, float(theta["decay.bias"]) + state.damping))) if momentum_decay else 0.0
+    mass = decay * state.mass + (1 - decay)
+    momentum = old_momentum + (1 - decay) / mass * (gradient - old_momentum)
 
     def lines(other: Tensor) -> list[list[tuple[float, float]]]:
         """Return pairs of entries of the gradient and of another matrix, along every row, then along every column."""
@@ -161,6 +167,7 @@ def _base(
         sum(values[:d]) / d for values in (energy, fast, slow, momentum_energy, agreement, product, before)
     )
     peak = max(state.peak, mean_fast)
+    first = state.first if state.first > 0 else mean_energy
     turn = _cosine(mean_product, mean_energy, mean_before)
     small = 1e-3 * math.sqrt(mean_energy + ZERO_GUARD) * math.sqrt(mean_momentum + ZERO_GUARD)
     bend = (mean_product - state.along) / (abs(mean_product) + abs(state.along) + small)
@@ -205,8 +212,8 @@ def _base(
 
     change = 0.7 * math.tanh(skipped("rate.skip") + pooled(3)) / (1 + state.step / settling)
     rate = min(5.0, max(-14.0, state.rate + change))
-    length = 4.0 * _sigmoid(float(theta["length.bias"]) + skipped("length.skip") + pooled(1) + rate)
-    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2))
+    damping = skipped("decay.skip") if momentum_decay else 0.0
+    mix = _sigmoid(float(theta["mix.bias"]) + pooled(2)) if momentum_decay else 0.0
     share = _sigmoid(float(theta["spectral.bias"]) + pooled(4)) if spectral else 0.0
 
     # D = diag(l) ((1-a) R + a M) diag(k), mixed with its orthonormal factor, the columns of both of root mean square
@@ -216,15 +223,33 @@ def _base(
         for j in range(p):
             mixed = (1 - mix) * float(gradient[i, j]) + mix * float(momentum[i, j])
             direction[i, j] = math.exp(scales[i]) * mixed * math.exp(scales[d + j])
-    direction = _unit(direction)
-    direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)))
+
+    # The length follows powers of what has no bound: the direction's size, the gradient's largest, time, the masses.
+    def half_log(numerator: float, denominator: float) -> float:
+        return 0.5 * math.log((numerator + ZERO_GUARD) / (denominator + ZERO_GUARD))
+
+    # Of a size ten decades below the largest gradient it points nowhere any more, and shrinks.
+    size, spent = float(direction.square().sum()) / p, 1e-20 * d * peak
+    missing = spent / (size + spent + ZERO_GUARD)
+    gauges = [
+        half_log((size + spent) / d, peak),
+        half_log(peak, first),
+        math.log(t),
+        math.log(mass) if momentum_decay else 0.0,
+        0.5 * math.log(1 - slow_decay**t),
+    ]
+    powers = sum(w * g for w, g in zip(theta["length.gauge"].tolist(), gauges, strict=True))
+    length = 4.0 * _sigmoid(float(theta["length.bias"]) + skipped("length.skip") + pooled(1) + rate + powers)
+    direction = _unit(direction, spent)
+    direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)), missing)
     rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
-    return -length * direction, ReferenceState(t, momentum, peak, rate, turn, mean_agreement, rows, columns)
+    of_matrix = (peak, first, mass, damping, rate, turn, mean_agreement)
+    return -length * direction, ReferenceState(t, momentum, *of_matrix, rows, columns)
 
 
-def _unit(direction: Tensor) -> Tensor:
-    """Return the direction with columns of root mean square length 1."""
-    return direction / math.sqrt(float(direction.square().sum()) / direction.shape[1] + ZERO_GUARD)
+def _unit(direction: Tensor, more: float = 0.0) -> Tensor:
+    """Return the direction with columns of root mean square length 1, shorter where ``more`` is not negligible."""
+    return direction / math.sqrt(float(direction.square().sum()) / direction.shape[1] + more + ZERO_GUARD)
 
 
 def _orthonormal(direction: Tensor) -> Tensor:

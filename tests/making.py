@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import subspace_meta as sm
-from subspace_meta.optimizers.subspace import PRESETS
+from subspace_meta.optimizers.subspace import PRESETS, Adapter
 from subspace_meta.tasks.base import TaskFamily
 
 MANIFOLDS = {
@@ -64,14 +64,18 @@ def pick(tree: Mapping[str, Tensor], *index: int) -> dict[str, Tensor]:
     return {name: value[index] for name, value in tree.items()}
 
 
-def lively_weights(preset: str = "base", seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 0.3) -> dict:
+def lively_weights(
+    preset: str | Adapter = "base", seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 0.3
+) -> dict:
     """Return meta-parameters in which no entry is zero, so that every feature and every head matters; short steps."""
     generator = torch.Generator().manual_seed(seed)
-    weights = PRESETS[preset].init_weights(generator)
+    weights = (PRESETS[preset] if isinstance(preset, str) else preset).init_weights(generator)
     if "length.bias" in weights:
         weights["length.bias"] -= 3.0  # with these a run of long steps is chaotic, and retractions shorten them
+    sizes = {"length.gauge": 0.1 * size}  # powers of what spans decades
     return {
-        name: value.to(dtype) + size * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
+        name: value.to(dtype)
+        + sizes.get(name, size) * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
         for name, value in weights.items()
     }
 

@@ -446,7 +446,7 @@ def moments(
 
     Args:
         r, m: lists of ``(..., d, p)``.
-        weight: one number on the device; it is not read by the host.
+        weight: one number on the device, or one for each matrix, ``(B,)``; it is not read by the host.
         layout: of the lists.
         out: where M' goes, in its own types; may be ``m`` itself. Without it: new float32 tensors.
 
@@ -456,7 +456,8 @@ def moments(
         return [], torch.empty(3, 0, device=weight.device)
     new = _target(out, r)
     ready = _prepare([r, m, new], layout)
-    at = _packed(weight.to(ready.device), 1, "weight", ready.device)
+    each = weight.to(ready.device).expand(layout.matrices)
+    at = _packed(each, layout.matrices, "weight", ready.device)
     means = _sums(ready, _mean_factors(layout, ready.device), weight=at, SAME=False, MOMENTS=True)
     _copy_back(new, ready.lists[2])
     return new, means

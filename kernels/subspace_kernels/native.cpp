@@ -193,7 +193,7 @@ inline void statistics_of(const float* r, int64_t r_pitch, const float* m, int64
 template <bool MOMENTUM>
 void all_statistics(int64_t count, const float* const* r, const int64_t* r_pitch, const float* const* m,
                     const int64_t* m_pitch, float* const* moved, const int64_t* moved_pitch, const int64_t* d,
-                    const int64_t* p, float weight, float* const* rows, float* const* columns, int64_t stride,
+                    const int64_t* p, const float* weight, float* const* rows, float* const* columns, int64_t stride,
                     [[maybe_unused]] int threads) {
     constexpr int KINDS = MOMENTUM ? 3 : 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
@@ -202,6 +202,7 @@ void all_statistics(int64_t count, const float* const* r, const int64_t* r_pitch
         const int64_t mp = MOMENTUM ? m_pitch[k] : 0, op = MOMENTUM ? moved_pitch[k] : 0;
         const float* from = MOMENTUM ? m[k] : nullptr;
         float* to = MOMENTUM ? moved[k] : nullptr;
+        const float newest = MOMENTUM ? weight[k] : 0.0f;
         std::vector<float> block(KINDS * width, 0.0f);
         std::vector<double> all(KINDS * width, 0.0);
         auto some = [&](auto rows_at_once, int64_t i) {
@@ -209,7 +210,7 @@ void all_statistics(int64_t count, const float* const* r, const int64_t* r_pitch
             double sum[KINDS * ROWS] = {};
             for (int64_t j = 0; j < width; j += BLOCK_COLUMNS)
                 statistics_of<ROWS, MOMENTUM>(r[k] + i * r_pitch[k] + j, r_pitch[k], from + i * mp + j, mp,
-                                              to + i * op + j, op, std::min(BLOCK_COLUMNS, width - j), weight, sum,
+                                              to + i * op + j, op, std::min(BLOCK_COLUMNS, width - j), newest, sum,
                                               block.data() + j, width);
             for (int kind = 0; kind < KINDS; kind++)
                 for (int q = 0; q < ROWS; q++)
@@ -347,14 +348,14 @@ extern "C" {
 // Row and column means of R * R: reads 4 d p bytes a matrix.
 void subspace_energy_means(int64_t count, const float* const* r, const int64_t* r_pitch, const int64_t* d, const int64_t* p,
                        float* const* rows, float* const* columns, int threads) {
-    all_statistics<false>(count, r, r_pitch, nullptr, nullptr, nullptr, nullptr, d, p, 0.0f, rows, columns, 0, threads);
+    all_statistics<false>(count, r, r_pitch, nullptr, nullptr, nullptr, nullptr, d, p, nullptr, rows, columns, 0, threads);
 }
 
-// M' = M + weight (R - M), which may be written over M, and the means of R * R, M * M and R * M, `stride` apart:
+// M' = M + weight (R - M), a weight for each matrix, which may be written over M, and the means of R * R, M * M and R * M, `stride` apart:
 // reads 8 d p bytes, writes 4 d p.
 void subspace_moments(int64_t count, const float* const* r, const int64_t* r_pitch, const float* const* m,
                       const int64_t* m_pitch, float* const* moved, const int64_t* moved_pitch, const int64_t* d,
-                      const int64_t* p, float weight, float* const* rows, float* const* columns, int64_t stride,
+                      const int64_t* p, const float* weight, float* const* rows, float* const* columns, int64_t stride,
                       int threads) {
     all_statistics<true>(count, r, r_pitch, m, m_pitch, moved, moved_pitch, d, p, weight, rows, columns, stride,
                          threads);

@@ -227,8 +227,8 @@ def moments(
     rows, columns = means.data_ptr() + plan.row, means.data_ptr() + 4 * layout.rows + plan.column
     pairs = [array for tensors in (r, m, to) for array in plan.addresses(tensors)]
     threads = _threads(layout.entries)
-    scalar = ctypes.c_float(float(weight))
-    _call("subspace_moments", plan.count, *pairs, plan.d, plan.p, scalar, rows, columns, coordinates, threads)
+    each = weight.to(torch.float32).expand(plan.count).contiguous()
+    _call("subspace_moments", plan.count, *pairs, plan.d, plan.p, each, rows, columns, coordinates, threads)
     if in_place:
         _written_to(moved)
     return moved, means

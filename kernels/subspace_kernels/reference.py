@@ -138,9 +138,11 @@ def moments(
 ) -> tuple[list[Tensor], Tensor]:
     """Return M' = M + weight (R - M), and the packed means of R * R, M * M and R * M, ``(3, N)``.
 
-    The means with M' follow from these as sums; those with M would follow from its only as differences, which cancel.
+    ``weight`` is one number, or one for each matrix, ``(B,)``. The means with M' follow from these as sums; those with
+    M would follow from its only as differences, which cancel.
     """
-    momentum = [old + weight * (new - old) for old, new in zip(m, r, strict=True)]
+    weights = layout.per_group(weight.expand(layout.matrices))
+    momentum = [old + w[..., None, None] * (new - old) for old, new, w in zip(m, r, weights, strict=True)]
     pairs = ((r, r), (m, m), (r, m))
     return momentum, torch.stack([means(a, b, layout) for a, b in pairs])
 

@@ -71,7 +71,7 @@ def _bounds(tiles, records, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALI
 @triton.jit
 def _move(table, matrices, matrix, row, column, weight, x, y, inside, OUT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Write Y + weight (X - Y) of one tile, rounded to its type, as the third operand."""
-    moved = _rounded(y + tl.load(weight) * (x - y), OUT_TYPE)
+    moved = _rounded(y + tl.load(weight + matrix) * (x - y), OUT_TYPE)
     target = _pointers(table, matrices, matrix, row, column, 2, OUT_TYPE, ALIGNED)
     tl.store(target, moved.to(OUT_TYPE), mask=inside)
 
@@ -105,7 +105,7 @@ def cross_tiles(
     written, rounded to its type, and the partial sums are those of R * R, M * M and R * M (planes 0, 1, 2).
     M' may be M: a program reads its tile before it writes it, and no other program touches it.
 
-    Shapes: ``u (rows,)``, ``v (columns,)`` packed; ``weight (1,)``; ``partials (1 or 3, plane)``, float32 all.
+    Shapes: ``u (rows,)``, ``v (columns,)`` packed; ``weight (matrices,)``; ``partials (1 or 3, plane)``, float32 all.
     Reads every entry of A once (and of B, unless ``SAME``), writes M' once in mode ``MOMENTS``; per tile also
     at most ROWS + COLUMNS weights read and ROWS + COLUMNS partials written (three times as many with ``MOMENTS``).
     """

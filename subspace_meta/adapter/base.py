@@ -4,11 +4,15 @@
     features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time; the cosine
                  of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate
     network      one LSTM over all coordinates, a head for rows and a head for columns
+    momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, the sigmoid of a weighted
+                 sum of the matrix's features in the step before
     direction    D = diag(l) ((1-a) R + a M) diag(k), mixed with its orthonormal factor; columns of length 1 on average
     rate         one number rho a matrix, the logarithm of a learning rate: each step changes it by at most
                  RATE / (1 + t/settling), so within a doubling of the time by a bounded factor, at any age
+    gauges       logarithms without a floor: of |D| over the largest size of R so far, of that over the first, of t,
+                 of the momentum's and of the slow mean's mass (1 - decay^t for a constant decay)
     length       each column moves by eta in (0, LONGEST) on average: the update is -eta D with
-                 eta = LONGEST sigmoid(... + rho)
+                 eta = LONGEST sigmoid(... + rho + powers of the gauges)
 
 l, k come from the coordinate's own output; eta, rho, a and the share of the orthonormal factor from means of outputs
 over a matrix: so the map (R, M) -> D is equivariant to permutations of rows and of columns, unchanged by duplication,
@@ -16,12 +20,17 @@ and the same weights serve every size. Multiplying all gradients by a constant c
 are the relative features, momentum, the learned length and rate, the orthonormal factor and the normalisation;
 row/column statistics and per-coordinate scales are its idea.
 
+The powers of the gauges put hand-made optimizers into the family: with a silent network (1, 1, 0, 1, 0) is gradient
+descent with momentum, (1, 0, -1/2, 0, -1) with the exponents of RASA is RASA-LR with a/sqrt(t), and 0 with the
+orthonormal factor alone is spectral descent with steps of one length (tests/adapter/test_family.py).
+
 Cost a step: one pass over R and M for momentum and statistics, one for the scaling, 8 H (F + H) flops a coordinate for
 the network, and what ``subspace_meta.adapter.spectral`` says.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,7 +49,7 @@ from subspace_kernels import (
 )
 from torch import Tensor
 
-from subspace_meta.adapter.features import FLOOR, TINY, clock, cosine, log_ratio
+from subspace_meta.adapter.features import FLOOR, TINY, clock, cosine, log_ratio, unbounded_log_ratio
 from subspace_meta.adapter.network import Weights, init_lstm, lstm_shapes
 from subspace_meta.adapter.spectral import spectral_direction
 
@@ -48,10 +57,13 @@ COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, 
 CONTEXT_FEATURES = 11  # momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
 OUTPUTS = 5  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor
+GAUGES = 5  # direction/peak, peak/first, t, mass of the momentum, mass of the slow mean
 
 LONGEST = 4.0  # the mean column motion of a step is shorter
 RATE = 0.7  # largest change of the log rate in one early step
 RATE_BOUNDS = (-14.0, 5.0)
+SPENT = 1e-20  # energy of a direction, relative to the gradient's largest, below which it points nowhere any more
+DECAY_BOUNDS = (-6.0, 7.0)  # of its logit: a decay from 0.0025 to 0.9991
 
 NETWORK = ("lstm.weight", "lstm.bias", "head.weight", "head.bias", "scale.skip")  # the fields of Network, in order
 
@@ -64,6 +76,9 @@ class BaseState(NamedTuple):
     fast: Tensor  # (N,) running mean of the row and column energies
     slow: Tensor  # (N,)
     peak: Tensor  # (B,), largest mean energy of each matrix so far
+    first: Tensor  # (B,), the first mean energy that was not 0
+    mass: Tensor  # (B,), what the weights of the momentum's mean add up to
+    damping: Tensor  # (B,), what the last step adds to the logit of the momentum's decay
     rate: Tensor  # (B,), logarithm of the learning rate
     turn: Tensor  # (B,), last cosine of gradient and momentum before it
     along: Tensor  # (B,), last mean product of gradient and momentum
@@ -77,7 +92,8 @@ class BaseAdapter:
 
     Attributes:
         hidden: hidden units of the LSTM.
-        momentum_decay: decay of the momentum; 0: the momentum is the gradient itself, and there is no buffer.
+        momentum_decay: decay of the momentum at the start of meta-training; 0: the momentum is the gradient itself, and
+            there is no buffer.
         fast_decay, slow_decay: decays of the two running means of the energies.
         settling: number of steps after which the rate changes at half the speed.
         spectral: mix directions with their orthonormal factors.
@@ -97,17 +113,21 @@ class BaseAdapter:
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the meta-parameters."""
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             **lstm_shapes("lstm", FEATURES, self.hidden),
             "head.weight": (2 * OUTPUTS, self.hidden),  # the outputs for rows, then those for columns
             "head.bias": (2 * OUTPUTS, 1),
             "scale.skip": (2, 4),
             "length.skip": (CONTEXT_FEATURES,),
-            "rate.skip": (CONTEXT_FEATURES,),
+            "length.gauge": (GAUGES,),
             "length.bias": (),
-            "mix.bias": (),
-            "spectral.bias": (),
+            "rate.skip": (CONTEXT_FEATURES,),
         }
+        if self.momentum_decay:
+            shapes.update({"mix.bias": (), "decay.skip": (CONTEXT_FEATURES,), "decay.bias": ()})
+        if self.spectral:
+            shapes.update({"spectral.bias": ()})
+        return shapes
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Draw meta-parameters that start as RASA-LR with momentum and steps of a tenth of a radian.
@@ -118,11 +138,14 @@ class BaseAdapter:
         weights = {name: torch.zeros(shape) for name, shape in self.weight_shapes().items()}
         weights.update(init_lstm("lstm", FEATURES, self.hidden, generator))
         weights["scale.skip"][:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
-        weights["length.skip"][3] = 0.5  # shorten the step as the gradient shrinks
+        weights["length.gauge"][0] = 0.95  # shorten the step as the gradient shrinks
         weights["rate.skip"][7] = 0.2
         weights["length.bias"] -= 3.5
-        weights["mix.bias"] += 1.0
-        weights["spectral.bias"] -= 2.0
+        if self.spectral:
+            weights["spectral.bias"] -= 2.0
+        if self.momentum_decay:
+            weights["mix.bias"] += 1.0
+            weights["decay.bias"] += math.log(self.momentum_decay / (1 - self.momentum_decay))
         return weights
 
     def init(self, layout: Layout, points: Sequence[Tensor]) -> BaseState:
@@ -135,6 +158,9 @@ class BaseAdapter:
             fast=like.new_zeros(coordinates),
             slow=like.new_zeros(coordinates),
             peak=like.new_zeros(layout.matrices),
+            first=like.new_zeros(layout.matrices),
+            mass=like.new_zeros(layout.matrices),
+            damping=like.new_zeros(layout.matrices),
             rate=like.new_zeros(layout.matrices),
             turn=like.new_zeros(layout.matrices),
             along=like.new_zeros(layout.matrices),
@@ -181,9 +207,13 @@ class BaseAdapter:
             return (1 - decay) / (1 - decay**step)
 
         momentum: list[Tensor] = []
-        weight = average_weight(self.momentum_decay)
+        mass = state.mass
         if self.momentum_decay:
-            momentum, means = moments(gradients, state.momentum, weight, layout, in_place)
+            decay = torch.sigmoid((weights["decay.bias"] + state.damping).clamp(*DECAY_BOUNDS))
+            mass = decay * state.mass + (1 - decay)
+            each = (1 - decay) / mass
+            momentum, means = moments(gradients, state.momentum, each, layout, in_place)
+            weight = layout.spread(layout.per_group(each))
             energy, before, product = means
             # Those of R * M' and M' * M', with M' = (1-w) M + w R; the second is not negative but for rounding.
             agreement = (1 - weight) * product + weight * energy
@@ -199,6 +229,7 @@ class BaseAdapter:
         packed = torch.stack([energy, fast, slow, momentum_energy, agreement, product, before])
         matrix = row_means(packed[:, : layout.rows], layout)  # (7, B): means over a matrix are means over its rows
         peak = torch.maximum(state.peak, matrix[1])
+        first = torch.where(state.first > 0, state.first, matrix[0])
         turn = cosine(matrix[5], matrix[0], matrix[6])
         # R fell from <R_{t-1}, M> to <R_t, M> along M: the secant's view of the curvature.
         small = 1e-3 * (matrix[0] + TINY).sqrt() * (matrix[3] + TINY).sqrt()
@@ -221,22 +252,46 @@ class BaseAdapter:
         output, hidden, cell = lstm_cell(network, inputs, state.hidden, state.cell, layout, in_place)
         # Outputs beside the scales are pooled over each matrix.
         pooled = row_means(output[1:, : layout.rows], layout) + column_means(output[1:, layout.rows :], layout)
-        length_skip, rate_skip = (
-            (weights[name][:, None] * context).sum(dim=0) for name in ("length.skip", "rate.skip")
-        )
-        change = torch.tanh(rate_skip + pooled[2]) * (RATE / (1 + state.step / self.settling))
+
+        def skip(name: str) -> Tensor:
+            return (weights[name][:, None] * context).sum(dim=0)
+
+        change = torch.tanh(skip("rate.skip") + pooled[2]) * (RATE / (1 + state.step / self.settling))
         rate = (state.rate + change).clamp(*RATE_BOUNDS)
-        length = LONGEST * torch.sigmoid(weights["length.bias"] + length_skip + pooled[0] + rate)
         mix = torch.sigmoid(weights["mix.bias"] + pooled[1]) if momentum else None
         scaled, squares = directions(gradients, momentum, mix, output[0], layout, out)
+        # What momentum is left where the gradient has become 0 would be followed for ever, and its direction has a
+        # derivative without a bound.
+        rows = self._rows(layout, squares)
+        spent = SPENT * rows * peak
+        missing = spent / (squares + spent + TINY)
+        squares = squares + spent
+        gauges = torch.stack(
+            [
+                unbounded_log_ratio(squares / rows, peak),
+                unbounded_log_ratio(peak, first),
+                torch.log(step).expand_as(peak),
+                torch.log(mass) if momentum else torch.zeros_like(peak),
+                0.5 * torch.log(1 - self.slow_decay**step).expand_as(peak),
+            ]
+        )
+        powers = (weights["length.gauge"][:, None] * gauges).sum(dim=0)
+        length = LONGEST * torch.sigmoid(weights["length.bias"] + skip("length.skip") + pooled[0] + rate + powers)
         if self.spectral:
             shares = layout.per_group(torch.sigmoid(weights["spectral.bias"] + pooled[3]))
             groups = zip(scaled, layout.per_group(squares), layout.sizes, shares, strict=True)
             mixed = [spectral_direction(*group) for group in groups]
             scaled = [direction for direction, _ in mixed]
-            squares = torch.cat([square.reshape(-1) for _, square in mixed])
+            squares = torch.cat([square.reshape(-1) for _, square in mixed]) + missing
         factors: list[Tensor | float] = [
             part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
         ]
-        new = BaseState(step, tuple(momentum), fast, slow, peak, rate, turn, matrix[4], hidden, cell)
-        return scaled, factors, new
+        damping = skip("decay.skip") if momentum else state.damping
+        of_matrices = (peak, first, mass, damping, rate, turn, matrix[4])
+        return scaled, factors, BaseState(step, tuple(momentum), fast, slow, *of_matrices, hidden, cell)
+
+    @staticmethod
+    def _rows(layout: Layout, like: Tensor) -> Tensor:
+        """Return the number of rows of each matrix, ``(B,)``."""
+        rows = [like.new_full((count,), d) for count, (d, _) in zip(layout.matrix_counts, layout.sizes, strict=True)]
+        return torch.cat(rows)

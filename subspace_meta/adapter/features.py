@@ -11,7 +11,7 @@ import torch
 from subspace_kernels.reference import FLOOR, TINY, log_ratio
 from torch import Tensor
 
-__all__ = ["FLOOR", "TINY", "clock", "cosine", "log_ratio"]
+__all__ = ["FLOOR", "TINY", "clock", "cosine", "log_ratio", "unbounded_log_ratio"]
 
 
 def cosine(product: Tensor, energy_a: Tensor, energy_b: Tensor) -> Tensor:
@@ -23,3 +23,8 @@ def clock(step: Tensor) -> Tensor:
     """Return the time features tanh(t/10 - 1), tanh(t/100 - 1), tanh(t/1000 - 1), of shape ``(3,)``."""
     scales = torch.tensor([10.0, 100.0, 1000.0], dtype=step.dtype, device=step.device)
     return torch.tanh(step / scales - 1.0)
+
+
+def unbounded_log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return log(sqrt(numerator / denominator)) of two energies; 0 where both vanish."""
+    return 0.5 * torch.log((numerator + TINY) / (denominator + TINY))

@@ -50,7 +50,7 @@ def spectral_direction(
 
     Args:
         direction: D, ``(..., d, p)``.
-        squares: the mean squared length of its columns, ``(...)``.
+        squares: the mean squared length of its columns, ``(...)``; a larger number makes D count for less.
         size: the true ``(d, p)`` if D is padded with zeros.
         share: of the orthonormal factor, ``(...)``, in 0..1.
 

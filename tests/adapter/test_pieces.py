@@ -8,7 +8,8 @@ from making import adapt_step, lively_weights, normal
 from subspace_kernels import Layout
 from subspace_kernels.reference import cross_matrix_means, matrix_mean
 
-from subspace_meta.adapter.base import CONTEXT_FEATURES, FEATURES, LONGEST, OUTPUTS, BaseAdapter
+import subspace_meta as sm
+from subspace_meta.adapter.base import CONTEXT_FEATURES, FEATURES, GAUGES, LONGEST, OUTPUTS, BaseAdapter
 from subspace_meta.adapter.features import FLOOR, clock, cosine, log_ratio
 from subspace_meta.adapter.network import init_lstm, lstm_cell
 from subspace_meta.adapter.paper import PaperAdapter
@@ -95,7 +96,8 @@ def count(adapter):
 
 def test_numbers_of_meta_parameters():
     assert count(PaperAdapter()) == 5242  # the published figure
-    assert count(BaseAdapter()) == 4 * 20 * (FEATURES + 20 + 1) + 2 * OUTPUTS * 21 + 8 + 2 * CONTEXT_FEATURES + 3
+    skips = 8 + 3 * CONTEXT_FEATURES + GAUGES + 4
+    assert count(BaseAdapter()) == 4 * 20 * (FEATURES + 20 + 1) + 2 * OUTPUTS * 21 + skips == 3300
 
 
 @pytest.mark.parametrize("adapter", [BaseAdapter(), BaseAdapter(hidden=7), PaperAdapter(), PaperAdapter(hidden=3)])
@@ -171,3 +173,10 @@ def test_paper_saturates_on_small_gradients():
     r = 1e-6 * normal(5, 3)
     (update,), _ = adapt_step(adapter, lively_weights("paper"), adapter.init(layout, [r]), layout, [r])
     torch.testing.assert_close(update, -1e-2 * r, rtol=1e-9, atol=0)
+
+
+def test_weights_of_one_preset_are_refused_by_another():
+    geometry = sm.Geometry.from_rules({"x": torch.zeros(5, 2)}, {"x": sm.Stiefel()})
+    for weights, preset in (("base", "light"), ("light", "base")):
+        with pytest.raises(ValueError, match=f"not those of preset '{preset}'.*spectral.bias"):
+            sm.SubspaceOptimizer(geometry, sm.pretrained(weights), preset)

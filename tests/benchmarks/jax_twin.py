@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 TINY, FLOOR = 1e-30, 1e-6
-MOMENTUM, FAST, SLOW = 0.9, 0.9, 0.99
+FAST, SLOW = 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
-OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0)
+OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS, DECAY_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0), (-6.0, 7.0)
+SPENT = 1e-20
 
 
 def project(x: Any, v: Any) -> Any:
@@ -83,16 +84,19 @@ def orthonormal_mix(direction: Any, squares: Any, share: Any) -> tuple[Any, Any]
 
 def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     """Turn the Riemannian gradient into an update; the formulas of preset ``base`` for one matrix."""
-    t, m, fast, slow, peak, rate, turn, along, hidden, cell = state
+    t, m, fast, slow, peak, first, mass, damping, rate, turn, along, hidden, cell = state
     d, p = r.shape
     settled, t = t, t + 1
     energy, product = energies(r, r), energies(r, m)
     before = energies(m, m) + FLOOR * energy
-    m = average(MOMENTUM, t, m, r)
+    decay = jax.nn.sigmoid(jnp.clip(theta["decay.bias"] + damping, *DECAY_BOUNDS))
+    mass = decay * mass + (1.0 - decay)
+    m = m + (1.0 - decay) / mass * (r - m)
     momentum_energy, agreement = energies(m, m), energies(r, m)
     fast, slow = average(FAST, t, fast, energy), average(SLOW, t, slow, energy)
     means = [values[:d].mean() for values in (energy, fast, slow, momentum_energy, agreement, product, before)]
     peak = jnp.maximum(peak, means[1])
+    first = jnp.where(first > 0.0, first, means[0])
     last_turn, turn = turn, cosine(means[5], means[0], means[6])
     small = 1e-3 * jnp.sqrt(means[0] + TINY) * jnp.sqrt(means[3] + TINY)
     bend = (means[5] - along) / (jnp.abs(means[5]) + jnp.abs(along) + small)
@@ -131,13 +135,27 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
     pooled = rows[1:].mean(axis=1) + columns[1:].mean(axis=1)
     change = jnp.tanh(context @ theta["rate.skip"] + pooled[2]) * (RATE / (1.0 + settled / SETTLING))
     rate = jnp.clip(rate + change, *RATE_BOUNDS)
-    length = LONGEST * jax.nn.sigmoid(theta["length.bias"] + context @ theta["length.skip"] + pooled[0] + rate)
+    damping = context @ theta["decay.skip"]
     mix = jax.nn.sigmoid(theta["mix.bias"] + pooled[1])
     direction = row_scale[:, None] * (r + mix * (m - r)) * column_scale[None]
+    squares = (direction**2).sum() / p
+    spent = SPENT * d * peak
+    missing = spent / (squares + spent + TINY)
+    squares = squares + spent
+    gauges = jnp.stack(
+        [
+            0.5 * jnp.log((squares / d + TINY) / (peak + TINY)),
+            0.5 * jnp.log((peak + TINY) / (first + TINY)),
+            jnp.log(t),
+            jnp.log(mass),
+            0.5 * jnp.log(1.0 - SLOW**t),
+        ]
+    )
+    logit = theta["length.bias"] + context @ theta["length.skip"] + pooled[0] + rate + gauges @ theta["length.gauge"]
     share = jax.nn.sigmoid(theta["spectral.bias"] + pooled[3])
-    direction, squares = orthonormal_mix(direction, (direction**2).sum() / p, share)
-    update = -length / jnp.sqrt(squares + TINY) * direction
-    return update, (t, m, fast, slow, peak, rate, turn, means[4], hidden, cell)
+    direction, squares = orthonormal_mix(direction, squares, share)
+    update = -LONGEST * jax.nn.sigmoid(logit) / jnp.sqrt(squares + missing + TINY) * direction
+    return update, (t, m, fast, slow, peak, first, mass, damping, rate, turn, means[4], hidden, cell)
 
 
 def loss(x: Any, z: Any) -> Any:
@@ -160,10 +178,7 @@ def start(x: Any, hidden: int) -> Any:
         zeros((d, p)),
         zeros(d + p),
         zeros(d + p),
-        zeros(()),
-        zeros(()),
-        zeros(()),
-        zeros(()),
+        *(zeros(()) for _ in range(7)),
         zeros((hidden, d + p)),
         zeros((hidden, d + p)),
     )

@@ -227,7 +227,8 @@ def check_directions(matrices: list) -> None:
 def check_moments(matrices: list) -> None:
     arenas = Arenas(4)
     r, m, out = operands(arenas, matrices, 3)
-    layout, weight = layout_of(r), torch.tensor(0.3)
+    layout = layout_of(r)
+    weight = torch.linspace(0.1, 0.9, layout.matrices)  # one for each matrix
     wanted = reference.moments(wide(r), wide(m), weight.double(), layout)[0]
     size = [x + y for x, y in zip(absolute(r), absolute(m), strict=True)]
     before = [x.clone() for x in m]

@@ -54,12 +54,12 @@ def coordinate_inputs(layout, seed):
     return Inputs(energies, means, raw, context), state
 
 
-@given(shapes=shapes.filter(bool), seed=seeds)
-def test_statistics(shapes, seed):
+@given(shapes=shapes.filter(bool), seed=seeds, each=st.booleans())
+def test_statistics(shapes, seed, each):
     layout = Layout(tuple(shapes))
     r, m = ([single(*shape, seed=seed + 7 * i + k) for i, shape in enumerate(shapes)] for k in range(2))
     close([native.energy_means(r, layout)], [reference.cross_means(doubles(r), doubles(r), layout)])
-    weight = torch.tensor(0.3)
+    weight = torch.sigmoid(single(layout.matrices, seed=seed)) if each else torch.tensor(0.3)  # one a matrix, or one
     momentum, means = native.moments(r, m, weight, layout, False)
     expected = reference.moments(doubles(r), doubles(m), weight.double(), layout)
     close([*momentum, means], [*expected[0], expected[1]])

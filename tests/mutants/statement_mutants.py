@@ -37,7 +37,7 @@ MUTANTS = (
     Mutant("cayley_equivariant", RETRACTIONS, "a = scale * skew_part(x.mT @ v)", "a = scale * skew_part(x.mT @ v).triu()"),
     Mutant("polar", RETRACTIONS, "return (y + y @ z) * centre.rsqrt()", "return positive_qr(y)"),
     Mutant("spd_retraction", "subspace_meta/manifolds/spd.py", "keep_positive(0.5 * (x + moved @ moved.mT))", "keep_positive(moved @ factor.mT)"),
-    Mutant("spd_square_root", "subspace_meta/manifolds/spd.py", "root = symmetric_square_root(x)\n        return root @", "root = cholesky(x)\n        return root @"),
+    Mutant("spd_square_root", "subspace_meta/manifolds/spd.py", "half = symmetric_square_root(x)\n        return half @", "half = cholesky(x)\n        return half @"),
     Mutant("newton_schulz_equivariant", RETRACTIONS, "0.5 * gram(y))", "0.5 * gram(y).square())"),
     Mutant("newton_schulz_padding", RETRACTIONS, "return y @ (1.5 * identity_like(y) - 0.5 * gram(y))", "return y @ (1.5 * identity_like(y) - 0.5 * gram(y)) + 1e-6"),
     Mutant("newton_schulz_singular_values", RETRACTIONS, "1.5 * identity_like(y) - 0.5 * gram(y)", "2.0 * identity_like(y) - gram(y)"),

@@ -19,7 +19,7 @@ def test_the_step_in_place_is_the_pure_step(preset, dtype):
     adapter = sm.PRESETS["paper" if preset == "paper" else "base"]
     if preset == "light":
         adapter = type(adapter)(momentum_decay=0.0)
-    optimizer = sm.SubspaceOptimizer(geometry, lively_weights(adapter.name, dtype=dtype), adapter)
+    optimizer = sm.SubspaceOptimizer(geometry, lively_weights(adapter, dtype=dtype), adapter)
     state, own = optimizer.init(params), {name: value.clone() for name, value in params.items()}
     own_state = optimizer.init(own)
     addresses = {name: value.data_ptr() for name, value in own.items()}

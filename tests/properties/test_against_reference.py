@@ -24,7 +24,7 @@ def tall_shapes(draw, largest: int = 9) -> tuple[int, int]:
 def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, **settings):
     """Take steps with drawn gradients on all parameters at once, and on each alone by the reference."""
     geometry, params = start(shapes, rules, seed)
-    weights = lively_weights(preset, seed)
+    weights = lively_weights(adapter or preset, seed)
     optimizer = sm.SubspaceOptimizer(geometry, weights, adapter or preset)
     state = optimizer.init(params)
     expected, states = dict(params), dict.fromkeys(params)
