@@ -43,6 +43,7 @@ class ReferenceState:
     """What one matrix remembers between steps; the default is the start."""
 
     step: int = 0
+    budget: int = 0  # how many steps there will be; 0: unknown
     momentum: Tensor | None = None  # (d, p), tangent at the current point
     peak: float = 0.0
     first: float = 0.0  # the first mean energy that was not 0
@@ -62,6 +63,7 @@ def reference_step(
     x: Tensor,
     gradient: Tensor,
     state: ReferenceState | None = None,
+    steps: int = 0,
     **settings: Any,
 ) -> tuple[Tensor, ReferenceState]:
     """Take one step with one matrix.
@@ -73,6 +75,7 @@ def reference_step(
         x: the point, ``(d, p)``.
         gradient: the Euclidean gradient at ``x``, ``(d, p)``.
         state: what the last step returned; ``None`` at the start.
+        steps: how many steps there will be, for preset ``"base"``; 0: as the state says.
         settings: settings of the preset's adapter that are not the default, by its names.
 
     Returns:
@@ -90,6 +93,8 @@ def reference_step(
     d, p = x.shape
     if state is None:
         state = ReferenceState(momentum=torch.zeros_like(x), rows=(Coordinate(),) * d, columns=(Coordinate(),) * p)
+    if steps:
+        state = replace(state, budget=steps)
     assert state.momentum is not None
 
     riemannian = manifold.coordinates(x, manifold.riemannian_gradient(x, gradient))
@@ -171,6 +176,11 @@ def _base(
     turn = _cosine(mean_product, mean_energy, mean_before)
     small = 1e-3 * math.sqrt(mean_energy + ZERO_GUARD) * math.sqrt(mean_momentum + ZERO_GUARD)
     bend = (mean_product - state.along) / (abs(mean_product) + abs(state.along) + small)
+    # Of a run of known length: the share that is left, of one step at the least.
+    left, budget = 1.0, [0.0] * 4
+    if state.budget:
+        left = max(state.budget - state.step, 1) / state.budget
+        budget = [1.0, 1 - left, math.log(left) / 4, math.log10(state.budget / 100) / 2]
     context = [
         _log_ratio(mean_momentum, mean_fast),
         _log_ratio(mean_fast, mean_slow),
@@ -183,6 +193,7 @@ def _base(
         state.turn,
         bend,
         state.rate / 4,
+        *budget,
     ]
 
     scales, outputs, coordinates = [], [], []
@@ -237,6 +248,7 @@ def _base(
         math.log(t),
         math.log(mass) if momentum_decay else 0.0,
         0.5 * math.log(1 - slow_decay**t),
+        math.log(left),
     ]
     powers = sum(w * g for w, g in zip(theta["length.gauge"].tolist(), gauges, strict=True))
     length = 4.0 * _sigmoid(float(theta["length.bias"]) + skipped("length.skip") + pooled(1) + rate + powers)
@@ -244,7 +256,7 @@ def _base(
     direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)), missing)
     rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
     of_matrix = (peak, first, mass, damping, rate, turn, mean_agreement)
-    return -length * direction, ReferenceState(t, momentum, *of_matrix, rows, columns)
+    return -length * direction, ReferenceState(t, state.budget, momentum, *of_matrix, rows, columns)
 
 
 def _unit(direction: Tensor, more: float = 0.0) -> Tensor:
@@ -297,7 +309,7 @@ def _paper(
             update[i, j] = -maxima[i] * scaled[i][j] * maxima[d + j]
     coordinates = [Coordinate(hidden=h, cell=c, maximum=top) for h, c, top in zip(hiddens, cells, maxima, strict=True)]
     rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
-    return update, ReferenceState(state.step + 1, momentum, rows=rows, columns=columns)
+    return update, ReferenceState(state.step + 1, momentum=momentum, rows=rows, columns=columns)
 
 
 def _lstm(

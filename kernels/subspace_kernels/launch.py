@@ -618,7 +618,7 @@ def lstm_cell(
 # --- Traffic ----------------------------------------------------------------------------------------------------------
 
 RECORD, TILE, SEGMENT, BLOCK_ENTRY, ADDRESS = 48, 12, 32, 8, 16  # bytes of the tables' entries
-ENERGIES, RAWS, CONTEXTS, OUTPUTS = (1, 4), (1, 1), 11, 5  # of the network (without momentum, with), for the model
+ENERGIES, RAWS, CONTEXTS, OUTPUTS = (1, 4), (1, 1), 15, 5  # of the network (without momentum, with), for the model
 
 
 class Traffic(NamedTuple):

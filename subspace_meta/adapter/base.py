@@ -2,7 +2,8 @@
 
     statistics   row and column means of R*R, M*M and R*M (M: momentum), two running averages of the first
     features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time; the cosine
-                 of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate
+                 of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate;
+                 what share of the steps is done, where their number is known
     network      one LSTM over all coordinates, a head for rows and a head for columns
     momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, the sigmoid of a weighted
                  sum of the matrix's features in the step before
@@ -10,7 +11,8 @@
     rate         one number rho a matrix, the logarithm of a learning rate: each step changes it by at most
                  RATE / (1 + t/settling), so within a doubling of the time by a bounded factor, at any age
     gauges       logarithms without a floor: of |D| over the largest size of R so far, of that over the first, of t,
-                 of the momentum's and of the slow mean's mass (1 - decay^t for a constant decay)
+                 of the momentum's and of the slow mean's mass (1 - decay^t for a constant decay), of the share of
+                 steps that is left where their number is known
     length       each column moves by eta in (0, LONGEST) on average: the update is -eta D with
                  eta = LONGEST sigmoid(... + rho + powers of the gauges)
 
@@ -49,15 +51,16 @@ from subspace_kernels import (
 )
 from torch import Tensor
 
-from subspace_meta.adapter.features import FLOOR, TINY, clock, cosine, log_ratio, unbounded_log_ratio
+from subspace_meta.adapter.features import FLOOR, TINY, budget, clock, cosine, log_ratio, unbounded_log_ratio
 from subspace_meta.adapter.network import Weights, init_lstm, lstm_shapes
 from subspace_meta.adapter.spectral import spectral_direction
 
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and old M
-CONTEXT_FEATURES = 11  # momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate
+# momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate; four of the budget
+CONTEXT_FEATURES = 15
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
 OUTPUTS = 5  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor
-GAUGES = 5  # direction/peak, peak/first, t, mass of the momentum, mass of the slow mean
+GAUGES = 6  # direction/peak, peak/first, t, mass of the momentum, mass of the slow mean, share of steps left
 
 LONGEST = 4.0  # the mean column motion of a step is shorter
 RATE = 0.7  # largest change of the log rate in one early step
@@ -72,6 +75,7 @@ class BaseState(NamedTuple):
     """State of the adapter; N coordinates of B matrices, H hidden units."""
 
     step: Tensor  # scalar
+    budget: Tensor  # scalar, how many steps there will be; 0: unknown
     momentum: tuple[Tensor, ...]  # per group (..., d, p), tangent at the current point; empty without momentum
     fast: Tensor  # (N,) running mean of the row and column energies
     slow: Tensor  # (N,)
@@ -139,6 +143,7 @@ class BaseAdapter:
         weights.update(init_lstm("lstm", FEATURES, self.hidden, generator))
         weights["scale.skip"][:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
         weights["length.gauge"][0] = 0.95  # shorten the step as the gradient shrinks
+        weights["length.gauge"][5] = 0.7  # and towards the end, if it is known
         weights["rate.skip"][7] = 0.2
         weights["length.bias"] -= 3.5
         if self.spectral:
@@ -154,6 +159,7 @@ class BaseAdapter:
         coordinates = layout.rows + layout.columns
         return BaseState(
             step=like.new_zeros(()),
+            budget=like.new_zeros(()),
             momentum=tuple(torch.zeros_like(x) for x in points) if self.momentum_decay else (),
             fast=like.new_zeros(coordinates),
             slow=like.new_zeros(coordinates),
@@ -175,6 +181,10 @@ class BaseAdapter:
     def with_buffers(self, state: BaseState, buffers: Sequence[Tensor]) -> BaseState:
         """Return the state with transported tangent tensors."""
         return state._replace(momentum=tuple(buffers))
+
+    def with_budget(self, state: BaseState, steps: int | Tensor) -> BaseState:
+        """Return the state of a run that is to have so many steps."""
+        return state._replace(budget=torch.as_tensor(steps, dtype=state.step.dtype, device=state.step.device))
 
     def __call__(
         self,
@@ -234,6 +244,7 @@ class BaseAdapter:
         # R fell from <R_{t-1}, M> to <R_t, M> along M: the secant's view of the curvature.
         small = 1e-3 * (matrix[0] + TINY).sqrt() * (matrix[3] + TINY).sqrt()
         bend = (matrix[5] - state.along) / (matrix[5].abs() + state.along.abs() + small)
+        share_done, log_left = budget(state.step, state.budget)
         context = torch.stack(
             [
                 log_ratio(matrix[3], matrix[1]),
@@ -245,6 +256,7 @@ class BaseAdapter:
                 state.turn,
                 bend,
                 0.25 * state.rate,
+                *share_done[:, None].expand(4, layout.matrices),
             ]
         )
         inputs = Inputs(packed[:4], matrix[:4], cosine(product, energy, before)[None], context)
@@ -273,6 +285,7 @@ class BaseAdapter:
                 torch.log(step).expand_as(peak),
                 torch.log(mass) if momentum else torch.zeros_like(peak),
                 0.5 * torch.log(1 - self.slow_decay**step).expand_as(peak),
+                log_left.expand_as(peak),
             ]
         )
         powers = (weights["length.gauge"][:, None] * gauges).sum(dim=0)
@@ -288,7 +301,7 @@ class BaseAdapter:
         ]
         damping = skip("decay.skip") if momentum else state.damping
         of_matrices = (peak, first, mass, damping, rate, turn, matrix[4])
-        return scaled, factors, BaseState(step, tuple(momentum), fast, slow, *of_matrices, hidden, cell)
+        return scaled, factors, BaseState(step, state.budget, tuple(momentum), fast, slow, *of_matrices, hidden, cell)
 
     @staticmethod
     def _rows(layout: Layout, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from subspace_kernels.reference import FLOOR, TINY, log_ratio
 from torch import Tensor
 
-__all__ = ["FLOOR", "TINY", "clock", "cosine", "log_ratio", "unbounded_log_ratio"]
+__all__ = ["FLOOR", "TINY", "budget", "clock", "cosine", "log_ratio", "unbounded_log_ratio"]
 
 
 def cosine(product: Tensor, energy_a: Tensor, energy_b: Tensor) -> Tensor:
@@ -23,6 +23,23 @@ def clock(step: Tensor) -> Tensor:
     """Return the time features tanh(t/10 - 1), tanh(t/100 - 1), tanh(t/1000 - 1), of shape ``(3,)``."""
     scales = torch.tensor([10.0, 100.0, 1000.0], dtype=step.dtype, device=step.device)
     return torch.tanh(step / scales - 1.0)
+
+
+def budget(step: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features of a run that is to have so many steps, ``(4,)``, and the logarithm of the share left.
+
+    The features are 1, the share that is done, log(share left) / 4 and log10(steps / 100) / 2. Where ``steps`` is 0 the
+    budget is unknown, and all are 0. The share left is 1 at first; in the last step, and after it, that of one step.
+
+    Args:
+        step: how many steps were taken before this one, a scalar.
+        steps: how many there will be, a scalar.
+    """
+    known = steps > 0
+    whole = torch.where(known, steps, 1.0)
+    left = torch.where(known, torch.maximum(whole - step, torch.ones_like(whole)) / whole, 1.0)
+    span = torch.where(known, 0.5 * torch.log10(whole / 100.0), 0.0)
+    return torch.stack([known.to(step.dtype), 1.0 - left, 0.25 * torch.log(left), span]), torch.log(left)
 
 
 def unbounded_log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

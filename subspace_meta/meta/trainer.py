@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import OtherRunError, keep_previous, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
@@ -92,6 +93,8 @@ class TrainSettings:
             ``restart``) until it is ``longest``: what is decided late in an inner loop shows later, and a derivative
             through many steps is of use only once the optimizer is stable. ``None``: all have the length ``segment``.
         horizon: shortest and longest inner loop, in steps; drawn log-uniformly.
+        told: share of inner loops whose optimizer is told their number of steps, and whose outer loss counts mostly at
+            the end: half of it as ever, half in proportion to (t / steps)^7.
         lr: outer learning rate at its peak; cosine decay to zero after a linear warm-up.
         restart: outer step at which the learning rate starts again, at half its peak, to decay to zero a second time
             (Loshchilov and Hutter, "SGDR", ICLR 2017); ``None``: never.
@@ -106,6 +109,7 @@ class TrainSettings:
     segment: int = 20
     longest: int | None = None
     horizon: tuple[int, int] = (40, 400)
+    told: float = 0.0
     lr: float = 3e-3
     restart: int | None = None
     warmup: int = 10
@@ -120,8 +124,12 @@ class TrainSettings:
             raise ValueError(f"the longest segment must be {self.segment} steps times a power of 2, got {self.longest}")
         if self.restart is not None and not 0 < self.restart < self.outer_steps:
             raise ValueError(f"the restart must be one of {self.outer_steps} outer steps, got {self.restart}")
+        if not 0.0 <= self.told <= 1.0:
+            raise ValueError(f"told is a share, from 0 to 1, got {self.told}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
+        if self.told and not isinstance(PRESETS[self.preset], BaseAdapter):
+            raise ValueError(f"preset {self.preset!r} plans for no number of steps; told must be 0, got {self.told}")
 
     @property
     def longest_segment(self) -> int:
@@ -158,6 +166,7 @@ class _Stream:
     loops: tuple[InnerLoop, ...]  # one a family
     index: int = 0  # of the family that is running
     horizon: int = 0
+    told: bool = False
     age: int = 0
     data: Data | None = None
     carry: Carry | None = None
@@ -240,6 +249,11 @@ class Trainer:
         params = family.init(stream.data, self.generator)
         stream.carry = stream.loop.start(self.theta, {name: value[stream.part] for name, value in params.items()})
         stream.initial = stream.loop.objective(params, family.measured(stream.data))
+        adapter = PRESETS[self.settings.preset]
+        if self.settings.told and isinstance(adapter, BaseAdapter):
+            stream.told = float(torch.rand((), generator=self.generator)) < self.settings.told
+            if stream.told:
+                stream.carry = stream.carry._replace(state=adapter.with_budget(stream.carry.state, stream.horizon))
 
     def step(self) -> dict[str, Any]:
         """Take one outer step and return its figures."""
@@ -260,8 +274,12 @@ class Trainer:
         batches = {name: value[:, part] for name, value in batches.items()}
         initial, reference = stream.initial[part], stream.data["reference"][part]
 
+        # Of one on average over a whole inner loop.
+        times = torch.arange(stream.age + 1, stream.age + length + 1) / stream.horizon
+        weight = 0.5 + 4.0 * times**7 if stream.told else torch.ones(length)
+
         def outer_loss(objectives: Tensor) -> Tensor:
-            return relative_log_loss(objectives, initial, reference).mean(dim=0)
+            return (weight[:, None] * relative_log_loss(objectives, initial, reference)).mean(dim=0)
 
         total = self.processes.total
         found = segment_gradient(stream.loop, self.theta, stream.carry, batches, measured, outer_loss, total)
@@ -269,7 +287,7 @@ class Trainer:
         finite = bool(torch.isfinite(norm))
         spoiled = int(total(found.spoiled.sum()))
         self.spoiled_tasks += spoiled
-        final = torch.where(found.spoiled, 0.0, outer_loss(found.objectives[-1:])).sum()
+        final = torch.where(found.spoiled, 0.0, relative_log_loss(found.objectives[-1], initial, reference)).sum()
         stream.age += length
         if finite:
             self.skipped_in_a_row = 0
@@ -355,12 +373,20 @@ class Trainer:
         streams = []
         for i, stream in enumerate(self.streams):
             running = stream.carry is not None
-            streams.append({"family": stream.index, "horizon": stream.horizon, "age": stream.age, "running": running})
+            streams.append(
+                {
+                    "family": stream.index,
+                    "horizon": stream.horizon,
+                    "age": stream.age,
+                    "told": stream.told,
+                    "running": running,
+                }
+            )
             if running:
                 leaves = pytree.tree_leaves((stream.data, stream.initial))
                 tensors.update({f"stream{i}/{j}": leaf for j, leaf in enumerate(leaves)})
-                for rank, held in enumerate(carries):
-                    tensors.update({f"stream{i}/rank{rank}/{j}": leaf for j, leaf in enumerate(held[i])})
+                for rank, carry in enumerate(carries):
+                    tensors.update({f"stream{i}/rank{rank}/{j}": leaf for j, leaf in enumerate(carry[i])})
         content = {
             "settings": self.describe(),
             "processes": self.processes.count,
@@ -403,7 +429,7 @@ class Trainer:
             shared, own = f"stream{i}", f"stream{i}/rank{self.processes.rank}"
             stream.data, stream.initial = _restored((stream.data, stream.initial), tensors, shared)
             stream.carry = _restored(stream.carry, tensors, own)
-            stream.horizon, stream.age = saved["horizon"], saved["age"]
+            stream.horizon, stream.age, stream.told = saved["horizon"], saved["age"], saved["told"]
         for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
@@ -417,6 +443,7 @@ class Trainer:
             "segment": settings.segment,
             "longest": settings.longest,
             "horizon": list(settings.horizon),
+            "told": settings.told,
             "lr": settings.lr,
             "restart": settings.restart,
             "warmup": settings.warmup,

@@ -43,6 +43,8 @@ class SubspaceMeta(Riemannian):
         weights: the meta-parameters; ``None``: those that ship with the preset.
         preset: what the weights belong to; see ``SubspaceOptimizer``.
         guarded: see ``SubspaceOptimizer``; needs the loss, ``step(closure)`` or ``step(loss=loss)``.
+        steps: how many steps there will be, if that is known; see ``SubspaceOptimizer``. No schedule is needed then for
+            the parameters on manifolds; those of ``others`` have none.
 
     Raises:
         ValueError: see :class:`Riemannian`; or the weights are not the preset's.
@@ -57,6 +59,7 @@ class SubspaceMeta(Riemannian):
         weights: Weights | None = None,
         preset: str | Adapter = "base",
         guarded: bool = False,
+        steps: int | None = None,
         others: Others | None = torch.optim.AdamW,
         project: bool = True,
         check_gradients: bool = True,
@@ -67,5 +70,5 @@ class SubspaceMeta(Riemannian):
                 raise ValueError("an adapter with settings of its own needs its weights")
             weights = pretrained(preset)
         make = MakeLearned(dict(weights), preset)
-        settings = {"lr": lr, "guarded": guarded}
+        settings = {"lr": lr, "guarded": guarded, "steps": steps}
         self._set_up(params, rules, make, settings, others, project, check_gradients, non_finite)

@@ -46,6 +46,13 @@ def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     check_weight_shapes(weights, adapter.weight_shapes(), f"preset {adapter.name!r}", settings)
 
 
+def check_steps(steps: int | Tensor | None) -> None:
+    """Raise ``ValueError`` unless the number of steps is ``None``, a positive integer, or a scalar tensor."""
+    whole = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
+    if steps is not None and not whole and not (isinstance(steps, Tensor) and steps.ndim == 0):
+        raise ValueError(f"steps must be a positive integer, a scalar tensor or None, got {steps!r}")
+
+
 class GuardedState(NamedTuple):
     """The state of a guarded optimizer: the adapter's and the guard's."""
 
@@ -66,9 +73,13 @@ class SubspaceOptimizer:
             plain gradient steps; a step whose gradient or loss is not finite is not taken. See
             :mod:`subspace_meta.optimizers.guard`. Costs a few passes over the gradients.
         lr: multiplies the learned step, for schedules; a float or a scalar tensor. 1 is what was learned.
+        steps: how many steps the whole run will have, an integer or a scalar tensor: the optimizer then plans its steps
+            for the loss at the end. May be changed on the way, for a run that is made longer or shorter. After the last
+            of them it goes on as in that one. ``None``: as the state says, which knows nothing at the start.
 
     Raises:
-        ValueError: the preset is unknown, the weights are not its meta-parameters, or the rate is out of its range.
+        ValueError: the preset is unknown, the weights are not its meta-parameters, the rate or the number of steps is
+            out of its range, or the preset has no use for that number.
     """
 
     geometry: Geometry
@@ -76,13 +87,17 @@ class SubspaceOptimizer:
     preset: str | Adapter = "base"
     guarded: bool = False
     lr: float | Tensor = 1.0
+    steps: int | Tensor | None = None
 
     def __post_init__(self) -> None:
         if not is_compiling():
             check_rate(self.lr)
+            check_steps(self.steps)
             if isinstance(self.preset, str) and self.preset not in PRESETS:
                 raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
             check_weights(self.adapter, self.weights)
+            if self.steps is not None and not isinstance(self.adapter, BaseAdapter):
+                raise ValueError(f"preset {self.adapter.name!r} plans for no number of steps; leave steps away")
 
     @property
     def adapter(self) -> Adapter:
@@ -147,6 +162,8 @@ class SubspaceOptimizer:
             finite = guard.finite_runs(value, grads)
             grads = guard.without_spoiled(grads, finite)
             watched, state = guard.watch(state.guard, value, finite), state.adapter
+        if self.steps is not None and isinstance(self.adapter, BaseAdapter):
+            state = self.adapter.with_budget(state, self.steps)
         groups = self.geometry.groups
         points, gradients = gather_gradients(self.geometry, params, grads)
         seen_gradients = [g.manifold.coordinates(x, r) for g, x, r in zip(groups, points, gradients, strict=True)]

@@ -111,6 +111,7 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
             last_turn,
             bend,
             0.25 * rate,
+            *jnp.zeros(4, r.dtype),  # the number of steps is not known
         ]
     )
     relative = jnp.stack(
@@ -149,6 +150,7 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
             jnp.log(t),
             jnp.log(mass),
             0.5 * jnp.log(1.0 - SLOW**t),
+            0.0,
         ]
     )
     logit = theta["length.bias"] + context @ theta["length.skip"] + pooled[0] + rate + gauges @ theta["length.gauge"]

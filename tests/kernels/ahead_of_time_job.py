@@ -72,7 +72,7 @@ def variants() -> list[tuple[str, str, dict, int]]:
             add("rank_tiles", f"{name} {shape} {dtype} {aligned}", tile.warps(aligned), **common, **types, **mode)
     add("reduce_partials", "reduce", 4, TILES=launch.REDUCE_TILES, BLOCK=launch.REDUCE_BLOCK)
     cut = {"UNITS": launch.CELL_UNITS, "BLOCK": launch.CELL_BLOCK, "FLOOR": FLOOR, "TINY": TINY}
-    for sizes in ((20, 4, 1, 11, 5), (20, 1, 1, 8, 2)):
+    for sizes in ((20, 4, 1, 15, 5), (20, 1, 1, 8, 2)):
         constants = dict(zip("HEQCO", sizes, strict=True), **cut, OUTPUTS=8 if sizes[-1] == 5 else 2)
         add("lstm_cell", f"H, E, Q, C, O = {sizes}", launch.CELL_WARPS, **constants)
     return found

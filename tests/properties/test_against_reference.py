@@ -21,11 +21,11 @@ def tall_shapes(draw, largest: int = 9) -> tuple[int, int]:
     return draw(st.integers(p, largest)), p
 
 
-def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, **settings):
+def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, budget=None, **settings):
     """Take steps with drawn gradients on all parameters at once, and on each alone by the reference."""
     geometry, params = start(shapes, rules, seed)
     weights = lively_weights(adapter or preset, seed)
-    optimizer = sm.SubspaceOptimizer(geometry, weights, adapter or preset)
+    optimizer = sm.SubspaceOptimizer(geometry, weights, adapter or preset, steps=budget)
     state = optimizer.init(params)
     expected, states = dict(params), dict.fromkeys(params)
     manifolds = {parameter.name: parameter.manifold for parameter in geometry.parameters}
@@ -37,7 +37,7 @@ def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, **settings):
         params, state = optimizer.update(grads, state, params)
         for name in params:
             expected[name], states[name] = reference_step(
-                weights, preset, manifolds[name], expected[name], grads[name], states[name], **settings
+                weights, preset, manifolds[name], expected[name], grads[name], states[name], budget or 0, **settings
             )
         assert largest_difference(params, expected) < TOLERANCE
     return geometry
@@ -76,6 +76,11 @@ def test_other_settings_of_base():
 
 def test_base_without_orthonormal_factor():
     compare({"x": (6, 3)}, {"x": sm.Stiefel()}, "base", BaseAdapter(spectral=False), spectral=False)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 7, 1000])
+def test_base_told_how_many_steps_there_will_be(budget):
+    compare({"x": (6, 3), "y": (4, 4)}, {"x": sm.Stiefel()}, "base", steps=7, budget=budget)
 
 
 @pytest.mark.parametrize("mean_statistics", [False, True])
