@@ -36,15 +36,17 @@ def without_time(records: list[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
-    whole = Trainer(SETTINGS)
+@pytest.mark.parametrize("told", [0.0, 0.5])
+def test_a_resumed_run_is_the_same_run(told: float, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, told=told)
+    whole = Trainer(settings)
     records = without_time(list(whole.run()))
     for cut in (1, 5, 11):
-        first = Trainer(SETTINGS)
+        first = Trainer(settings)
         for _ in range(cut):
             first.step()
         first.save(tmp_path / "checkpoint.safetensors")
-        second = Trainer(SETTINGS)
+        second = Trainer(settings)
         second.load(tmp_path / "checkpoint.safetensors")
         assert without_time(list(second.run())) == records[cut:]
         assert all(torch.equal(second.theta[name], whole.theta[name]) for name in whole.theta)
@@ -56,6 +58,24 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     trainer.save(tmp_path / "c.safetensors")
     with pytest.raises(sm.CheckpointError, match=r"other settings; these differ: \['lr', 'seed'\]"):
         Trainer(replace(SETTINGS, lr=1e-2, seed=4)).load(tmp_path / "c.safetensors")
+
+
+def test_inner_loops_that_are_told_their_length() -> None:
+    trainer = Trainer(replace(SETTINGS, told=0.5, outer_steps=40))
+    seen = set()
+    for _ in trainer.run():
+        for stream in trainer.streams:
+            if stream.carry is not None:
+                assert float(stream.carry.state.budget) == (stream.horizon if stream.told else 0)
+                seen.add(stream.told)
+    assert seen == {True, False}
+    # Without being told, nothing is learned about the end.
+    learned = []
+    for told in (1.0, 0.0):
+        trainer = Trainer(replace(SETTINGS, told=told))
+        trainer.step()
+        learned.append(float(trainer.first_moment["length.gauge"][5]))
+    assert learned[0] != 0 == learned[1]
 
 
 def test_seeds_matter_and_repeat() -> None:
@@ -162,6 +182,8 @@ def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
         ({"preset": "large"}, "'large' is unknown; there are base, light, paper"),
         ({"longest": 12}, "4 steps times a power of 2, got 12"),
         ({"restart": 0}, "the restart must be one of"),
+        ({"told": 1.5}, "told is a share, from 0 to 1, got 1.5"),
+        ({"told": 0.5, "preset": "paper"}, "preset 'paper' plans for no number of steps; told must be 0"),
     ],
 )
 def test_settings_that_cannot_be(change: dict, message: str) -> None:
@@ -172,7 +194,9 @@ def test_settings_that_cannot_be(change: dict, message: str) -> None:
 def test_a_stream_of_several_problems(tmp_path: Path) -> None:
     """Each set of inner loops uses one of them; a resumed run goes on with the one that was running."""
     families = (FAMILY, SyntheticPCA(6, 3, 8), PlantedLeastSquares(5, 2, sm.Euclidean(), 8))
-    settings = replace(SETTINGS, streams=(StreamSettings(families, tasks=2, compiled=False),), outer_steps=14)
+    settings = replace(
+        SETTINGS, streams=(StreamSettings(families, tasks=2, compiled=False),), horizon=(4, 8), outer_steps=24
+    )
     whole = Trainer(settings)
     records = without_time(list(whole.run()))
     assert {record["family"] for record in records} == {family.name for family in families}

@@ -1,0 +1,127 @@
+"""A run of known length: what the optimizer is told, how long it holds, and how it is changed on the way."""
+
+import math
+
+import pytest
+import torch
+from making import lively_weights, normal
+
+import subspace_meta as sm
+from subspace_meta.adapter.features import budget
+from subspace_meta.optimizers.subspace import SubspaceOptimizer
+
+GEOMETRY = sm.Geometry.from_rules({"x": torch.zeros(6, 2), "b": torch.zeros(3, 1)}, {"x": sm.Stiefel()})
+START = GEOMETRY.project({"x": normal(6, 2, seed=1), "b": normal(3, 1, seed=2)})
+
+
+def run(params, state, times, **settings):
+    optimizer = SubspaceOptimizer(GEOMETRY, lively_weights(), **settings)
+    state = optimizer.init(params) if state is None else state
+    for t in times:
+        grads = {name: normal(*x.shape, seed=10 * t + i) for i, (name, x) in enumerate(params.items())}
+        params, state = optimizer.update(grads, state, params)
+    return params, state
+
+
+def assert_same(a, b):
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def apart(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "features", "left"),
+    [
+        (0, 0, (0, 0, 0, 0), 1),
+        (7, 0, (0, 0, 0, 0), 1),
+        (0, 100, (1, 0, 0, 0), 1),
+        (75, 100, (1, 0.75, math.log(0.25) / 4, 0), 0.25),
+        (999, 1000, (1, 0.999, math.log(1e-3) / 4, 0.5), 1e-3),
+        (5000, 1000, (1, 0.999, math.log(1e-3) / 4, 0.5), 1e-3),
+    ],
+)
+def test_what_the_network_sees(step, steps, features, left):
+    found, log_left = budget(torch.tensor(step).double(), torch.tensor(steps).double())
+    torch.testing.assert_close(found, torch.tensor(features).double())
+    torch.testing.assert_close(log_left.exp(), torch.tensor(left).double())
+
+
+def test_it_makes_a_difference_and_none_where_there_is_none():
+    untold, _ = run(START, None, range(8))
+    assert_same(untold, run(START, None, range(8), steps=None)[0])
+    told, state = run(START, None, range(8), steps=8)
+    assert apart(untold, told) > 1e-4
+    assert state.budget == 8
+    assert apart(told, run(START, None, range(8), steps=torch.tensor(8))[0]) == 0
+
+
+def test_a_run_goes_on_exactly_and_may_be_made_longer():
+    whole, _ = run(START, None, range(8), steps=8)
+    half = run(START, None, range(4), steps=8)
+    assert_same(run(*half, range(4, 8), steps=8)[0], whole)
+    assert_same(run(*half, range(4, 8))[0], whole)  # the state knows it
+    longer, state = run(*half, range(4, 8), steps=20)
+    assert state.budget == 20
+    assert apart(longer, whole) > 1e-5
+    # All that a step takes from the budget is the number now: it is as if the state had always had it.
+    assert_same(run(half[0], half[1]._replace(budget=torch.tensor(20.0).double()), range(4, 8))[0], longer)
+
+
+def test_the_budget_goes_through_compile_and_guard():
+    optimizer = SubspaceOptimizer(GEOMETRY, lively_weights(), guarded=True, steps=5)
+    state = optimizer.init(START)
+    grads = {name: normal(*x.shape, seed=3) for name, x in START.items()}
+
+    def step(params, state):
+        return optimizer.update(grads, state, params, torch.tensor(1.0).double())
+
+    expected, after = step(START, state)
+    compiled, _ = torch.compile(step, fullgraph=True, backend="aot_eager")(START, state)
+    assert after.adapter.budget == 5
+    assert apart(expected, compiled) < 1e-12
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, True, "100", torch.ones(2)])
+def test_what_is_no_number_of_steps(steps):
+    with pytest.raises(ValueError, match="steps must be a positive integer, a scalar tensor or None, got"):
+        SubspaceOptimizer(GEOMETRY, lively_weights(), steps=steps)
+
+
+def test_the_preset_paper_has_no_use_for_it():
+    with pytest.raises(ValueError, match="preset 'paper' plans for no number of steps; leave steps away"):
+        SubspaceOptimizer(GEOMETRY, lively_weights("paper"), "paper", steps=10)
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).double()
+
+
+def train(model, optimizer, count, seed=0):
+    for t in range(count):
+        optimizer.zero_grad()
+        model(normal(7, 5, seed=seed + t)).square().mean().backward()
+        optimizer.step()
+
+
+def test_as_a_torch_optimizer_it_is_an_option_that_may_change(tmp_path):
+    rules = {"0.weight": sm.Stiefel()}
+    ends = {}
+    for name, first, then in (("short", 6, 6), ("longer", 6, 12), ("long", 12, 12)):
+        model = network()
+        with pytest.warns(sm.optim.ProjectionWarning):
+            optimizer = sm.optim.SubspaceMeta(model, rules, steps=first, weights=lively_weights())
+        train(model, optimizer, 3)
+        for group in optimizer.param_groups[:1]:
+            group["steps"] = then
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        train(model, optimizer, 3, seed=3)
+        ends[name] = model[0].weight.detach().clone()
+        assert optimizer.state[model[0].weight]["budget"] == then
+    assert (ends["short"] - ends["longer"]).abs().max() > 1e-6
+    assert (ends["long"] - ends["longer"]).abs().max() > 1e-6
+    optimizer.param_groups[0]["steps"] = 0
+    with pytest.raises(ValueError, match="steps must be a positive integer"):
+        train(model, optimizer, 1)
