@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from subspace_meta.manifolds import Euclidean, Manifold
 from subspace_meta.optim import cohorts, states
 from subspace_meta.optim.cohorts import Cohort
 from subspace_meta.optim.names import named, named_groups, plain
-from subspace_meta.optim.options import HINTS, PARAMETERS, changed, options, refuse_unknown
+from subspace_meta.optim.options import HINTS, PARAMETERS, changed, check_rate_kind, options, refuse_unknown
 from subspace_meta.optimizers.base import Optimizer
 
 Rules = Mapping[str, Manifold | Rule]
@@ -109,6 +110,12 @@ class Riemannian(torch.optim.Optimizer):
         non_finite: Literal["raise", "skip"] = "raise",
         **settings: Any,
     ) -> None:
+        of_torch = inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)
+        if of_torch or not callable(optimizer):
+            what = (
+                optimizer.__name__ if isinstance(optimizer, type) else f"{type(optimizer).__name__} {optimizer!r:.40}"
+            )
+            raise ValueError(f"optimizer must be a class of this library, sm.RAdam for instance, got {what}")
         if isinstance(optimizer, type) and dataclasses.is_dataclass(optimizer):
             refuse_unknown(settings, [field.name for field in dataclasses.fields(optimizer)], optimizer.__name__)
             usual = options(optimizer).get("lr", dataclasses.MISSING)
@@ -131,6 +138,12 @@ class Riemannian(torch.optim.Optimizer):
         check_gradients: bool,
         non_finite: Literal["raise", "skip"],
     ) -> None:
+        if others is not None and not callable(others):
+            raise ValueError(
+                f"others must make a torch optimizer from a list of parameters, or be None, got {others!r}"
+            )
+        if rules is not None and not isinstance(rules, Mapping):
+            raise ValueError(f"rules must be a dict, glob pattern of names -> manifold, got {rules!r}")
         if non_finite not in ("raise", "skip"):
             raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
         self._make, self._make_others, self._project, self._check = make, others, project, check_gradients
@@ -204,10 +217,12 @@ class Riemannian(torch.optim.Optimizer):
 
     def _options_of(self, geometry: Geometry, like: Tensor, given: dict[str, Any], rest: bool) -> dict[str, Any]:
         """Return all options of a group of this optimizer; it is made once, so that it can refuse their values."""
+        check_rate_kind(self.defaults["lr"])
         # Also where the other optimizer knows them: half of a group would not be what is asked for.
         refuse_unknown([key for key in HINTS if given.get(key)], self.defaults, self._make.name, geometry.names)
         probe = self._make(geometry, like=like, **self.defaults)
         self.defaults = {**self.defaults, **options(probe)}
+        check_rate_kind(given.get("lr", self.defaults["lr"]))
         own = {key: value for key, value in given.items() if key in self.defaults}
         self._make(geometry, like=like, **{**self.defaults, **own})
         if not rest:
@@ -279,6 +294,7 @@ class Riemannian(torch.optim.Optimizer):
         work = []
         for own, group, members in self._own():
             refuse_unknown(group, self.defaults, self._make.name, own.geometry.names)
+            check_rate_kind(group["lr"])
             self._start_cohorts(own, group, members)
             for cohort in own.cohorts:
                 params = {name: members[name].detach() for name in cohort.geometry.names}

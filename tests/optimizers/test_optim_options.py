@@ -181,3 +181,39 @@ def test_a_rate_may_be_left_out_where_there_is_a_default():
     assert optimizer.param_groups[0]["lr"] == 1.0
     with pytest.raises(ValueError, match="RAdam has no learning rate of its own: give lr"):
         Riemannian(network(), RULES, sm.RAdam)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": "fast"}, r"lr must be a number or a scalar tensor, got 'fast'"),
+        ({"lr": True}, r"lr must be a number or a scalar tensor, got True"),
+        ({"lr": torch.ones(2)}, r"lr must be a number or a scalar tensor, got tensor"),
+        ({"others": 5}, r"others must make a torch optimizer from a list of parameters, or be None, got 5"),
+        (
+            {"optimizer": torch.optim.Adam},
+            r"optimizer must be a class of this library, sm.RAdam for instance, got Adam",
+        ),
+        ({"optimizer": "RAdam"}, r"optimizer must be a class of this library, sm.RAdam for instance, got 'RAdam'"),
+        ({"rules": [sm.Stiefel()]}, r"rules must be a dict, glob pattern of names -> manifold, got \[Stiefel"),
+    ],
+)
+def test_arguments_of_another_kind(settings, message):
+    model = torch.nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=message):
+        Riemannian(model, **{"rules": {"weight": sm.Stiefel()}, "optimizer": sm.RAdam, "lr": 1e-2, **settings})
+
+
+def test_a_rate_of_another_kind_in_a_group():
+    model = torch.nn.Linear(4, 3)
+    rules, group = {"weight": sm.Stiefel()}, {"params": list(model.named_parameters()), "lr": "a"}
+    with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
+        Riemannian([group], rules, sm.RAdam, lr=1e-2)
+    with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
+        sm.optim.SubspaceMeta(model, rules, lr="a")
+    with pytest.warns(sm.optim.ProjectionWarning):
+        optimizer = Riemannian(model, rules, sm.RAdam, lr=1e-2)
+    optimizer.param_groups[0]["lr"] = "a"
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
+        optimizer.step()
