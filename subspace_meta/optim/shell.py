@@ -112,9 +112,7 @@ class Riemannian(torch.optim.Optimizer):
     ) -> None:
         of_torch = inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)
         if of_torch or not callable(optimizer):
-            what = (
-                optimizer.__name__ if isinstance(optimizer, type) else f"{type(optimizer).__name__} {optimizer!r:.40}"
-            )
+            what = optimizer.__name__ if inspect.isclass(optimizer) else f"{optimizer!r:.60}"
             raise ValueError(f"optimizer must be a class of this library, sm.RAdam for instance, got {what}")
         if isinstance(optimizer, type) and dataclasses.is_dataclass(optimizer):
             refuse_unknown(settings, [field.name for field in dataclasses.fields(optimizer)], optimizer.__name__)
