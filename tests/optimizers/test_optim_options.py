@@ -195,6 +195,7 @@ def test_a_rate_may_be_left_out_where_there_is_a_default():
             r"optimizer must be a class of this library, sm.RAdam for instance, got Adam",
         ),
         ({"optimizer": "RAdam"}, r"optimizer must be a class of this library, sm.RAdam for instance, got 'RAdam'"),
+        ({"rules": {torch.nn.Linear: sm.Stiefel()}}, r"rules go by names, not .*sm.rules_for\(model, ...\) makes them"),
         ({"rules": [sm.Stiefel()]}, r"rules must be a dict, glob pattern of names -> manifold, got \[Stiefel"),
     ],
 )
@@ -217,3 +218,23 @@ def test_a_rate_of_another_kind_in_a_group():
     model(torch.ones(2, 4)).sum().backward()
     with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
         optimizer.step()
+
+
+def test_a_key_of_the_other_optimizer_that_nobody_reads_is_refused_later_too():
+    model = torch.nn.Linear(4, 3)
+    with pytest.warns(sm.optim.ProjectionWarning):
+        optimizer = Riemannian(model, {"weight": sm.Stiefel()}, sm.RAdam, lr=1e-2)
+    optimizer.param_groups[1]["weight_dcay"] = 0.1
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"'weight_dcay' is no option of AdamW \(parameter group of 'bias'\)"):
+        optimizer.step()
+
+
+def test_meta_parameters_in_the_place_of_the_rate():
+    with pytest.raises(ValueError, match=r"lr must be a number .*meta-parameters are the argument weights="):
+        sm.optim.SubspaceMeta(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, sm.pretrained("light"))
+
+
+def test_weights_that_are_not_to_be_moved_are_refused_at_the_start():
+    with pytest.raises(ValueError, match="parameter 'weight' is not on Stiefel: constraint violation"):
+        sm.optim.SubspaceMeta(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, project=False)
