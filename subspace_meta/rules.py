@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class _Weight:
     axes: str
     sizes: dict[str, int]
     sides: dict[str, Axes]
-    zero_token: int | None = None
+    zero_row: int | None = None  # of an embedding whose padding_idx stays zero
     recurrent: bool = False
 
 
@@ -72,8 +72,8 @@ def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
     Args:
         model: the module whose ``named_parameters()`` the rules are for.
         layers: type of module, or glob pattern of module names -> a manifold, or (manifold, side), or ``None`` for no
-            rule. Subclasses match as well; the most specific type counts, and names come before types. Biases and
-            normalisation never get a rule.
+            rule, a container's name with ``None`` for all that is in it. Subclasses match as well; the most specific
+            type counts; names come before types, and of several the first. Biases and normalisation never get a rule.
 
     Sides, each of which says what has a vector of its own: ``"per output"`` (a row of a linear layer, a filter),
     ``"per input"`` (a column; of a convolution all that one input channel meets), ``"per tap"`` (of a convolution: what
@@ -86,8 +86,9 @@ def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
         A dict parameter name -> :class:`~subspace_meta.Rule`; brackets in names are escaped.
 
     Raises:
-        ValueError: a key matches no module, or none whose weights are known; a weight cannot carry what is asked of it,
-            is parametrized, or has no shape yet; two modules share a weight and ask for different things.
+        ValueError: a key matches no module, none whose weights are known, or none that other keys leave to it; a weight
+            cannot carry what is asked of it, is parametrized, or has no shape yet; two modules share a weight and ask
+            for different things.
 
     Example:
         >>> import subspace_meta as sm
@@ -97,20 +98,31 @@ def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
         >>> [parameter.words for parameter in geometry.parameters if "weight" in parameter.name]
         ['8 orthonormal filters of 12', '50 unit inputs of 8']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"rules_for takes the module itself, got {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     asked = _checked(modules, layers)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    padding = {id(m._parameters.get("weight")): m.padding_idx for m in modules.values() if isinstance(m, EMBEDDING)}
     found: dict[str, tuple[Rule, str]] = {}
+    decided: set[object] = set()
     for name, module in modules.items():
+        if not isinstance(module, KNOWN):
+            continue
         key = _key(name, modules, layers)
         per = None if key is None else asked[key]
-        if per is None or not isinstance(module, KNOWN):
+        decided.add(key)
+        if per is None:
             continue
-        for weight in _weights(name, modules, per):
+        attention = _attention_of(name, modules)
+        # An output projection is one of its attention's weights, unless it is asked for as the linear layer that it is.
+        plain = isinstance(key, type) and (attention is None or _key(attention, modules, layers) is None)
+        for weight in _weights(module, None if attention is None or plain else modules[attention], per):
             if isinstance(module, RECURRENT) and _is_square(per.manifold) and not weight.recurrent:
                 continue  # only a state that is mapped to itself has square matrices by its nature
             path = f"{name}.{weight.name}" if name else weight.name
             shape = tuple((parameter := _parameter(module, weight.name, path)).shape)
+            weight = replace(weight, zero_row=padding.get(id(parameter)))
             what = f"{path!r} ({type(module).__name__}, shape {' x '.join(map(str, shape))})"
             rule = _rule(weight, per, shape, what, name)
             earlier, there = found.setdefault(names[id(parameter)], (rule, path))
@@ -119,6 +131,11 @@ def rules_for(model: nn.Module, layers: Layers) -> dict[str, Rule]:
                     f"{there!r} and {path!r} are one parameter, and their rules differ: {_said(earlier, shape)}, and "
                     f"{_said(rule, shape)}; give both the same, or {{{name!r}: None}} for the second"
                 )
+    if idle := [_shown(key) for key in layers if key not in decided]:
+        raise ValueError(
+            f"{', '.join(idle)} decides nothing: what it matches goes by names that stand before it, or by types that "
+            "are more specific; put it first, or leave it out"
+        )
     return {glob.escape(name): rule for name, (rule, _) in found.items()}
 
 
@@ -136,6 +153,10 @@ def _checked(modules: Mapping[str, nn.Module], layers: Layers) -> dict[type[nn.M
             raise ValueError(f"{key!r} is no type of module and no pattern of module names")
         if not matching:
             raise ValueError(f"{_shown(key)} matches no module of the model; there are {there or 'none with weights'}")
+        if per is None and isinstance(key, type) and not any(isinstance(module, KNOWN) for module in matching):
+            raise ValueError(
+                f"{_shown(key)} has no weights of its own; leave modules out by their names, {{'name': None}}"
+            )
         if per is not None and not any(isinstance(module, KNOWN) for module in matching):
             raise ValueError(
                 f"no sides are known for {_shown(key)}, only for Linear, Bilinear, convolutions, embeddings, "
@@ -147,6 +168,9 @@ def _checked(modules: Mapping[str, nn.Module], layers: Layers) -> dict[type[nn.M
 def _per(key: object, asked: Any) -> _Per:
     """Return a manifold with its side, from the ways in which they can be written."""
     manifold, side, heads = (*asked, *("", 0)[len(asked) - 1 :]) if _is_tuple(asked) else (asked, "", 0)
+    whole = isinstance(heads, int) and not isinstance(heads, bool) and heads >= 0
+    if not whole or (_is_tuple(asked) and len(asked) == 3 and not heads):
+        raise ValueError(f"for {_shown(key)} the number of heads must be a positive integer, got {asked[2]!r}")
     if not isinstance(manifold, Manifold) or not isinstance(side, str) or (heads and side != "per head"):
         raise ValueError(
             f"for {_shown(key)} there is {asked!r}; write a manifold, Stiefel(), one with a side, "
@@ -171,10 +195,19 @@ def _named(name: str, pattern: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _key(name: str, modules: Mapping[str, nn.Module], layers: Layers) -> type[nn.Module] | str | None:
-    """Return the key that a module goes by: its name, the attention that it belongs to, or its most specific type."""
+    """Return the key that a module goes by.
+
+    That is its name, that of a container that is left out, the attention that it belongs to, or its most specific type.
+    """
     for key in layers:
         if isinstance(key, str) and _named(name, key, modules):
             return key
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        inside = ".".join(parts[:length])
+        for key, asked in layers.items():
+            if asked is None and isinstance(key, str) and _named(inside, key, modules):
+                return key
     attention = _attention_of(name, modules)
     if attention is not None and (key_of_attention := _key(attention, modules, layers)) is not None:
         return key_of_attention
@@ -254,8 +287,13 @@ def _problem(weight: _Weight, side: str, view: MatrixView, manifold: Manifold, s
         sizes = ", ".join(f"{axis} = {size}" for axis, size in view.sizes)
         return f"the shape is not ({weight.axes}){f' with {sizes}' if sizes else ''}"
     words = _counted(view, shape)
-    if side == "token" and weight.zero_token is not None:
-        return f"token {weight.zero_token} is padding (padding_idx), a zero vector that has no length"
+    if weight.zero_row is not None:
+        if side in ("token", "output"):
+            return f"{side} {weight.zero_row} is padding (padding_idx), a zero vector that has no length"
+        d, p = matrix_shape[-2:]
+        if not isinstance(manifold, Oblique | Sphere) and p >= d:
+            padding = f"row {weight.zero_row} is padding (padding_idx) and stays zero"
+            return f"{padding}, and {d - 1} rows are too few for {words}"
     try:
         manifold.check_shape(matrix_shape)
     except ValueError as error:
@@ -293,11 +331,10 @@ def _said(rule: Rule, shape: tuple[int, ...]) -> str:
     return f"{rule.manifold.name}, {seen.words}"
 
 
-def _weights(name: str, modules: Mapping[str, nn.Module], per: _Per) -> list[_Weight]:
-    """Return the weights of a module of a known type."""
-    module = modules[name]
-    if (attention := _attention_of(name, modules)) is not None:
-        return _attention_weights(modules[attention], per, projection=True)
+def _weights(module: nn.Module, attention: nn.Module | None, per: _Per) -> list[_Weight]:
+    """Return the weights of a module of a known type; ``attention``: whose output projection it is to be."""
+    if attention is not None:
+        return _attention_weights(attention, per, projection=True)
     if isinstance(module, nn.MultiheadAttention):
         return _attention_weights(module, per, projection=False)
     if isinstance(module, _ConvNd):
@@ -307,7 +344,12 @@ def _weights(name: str, modules: Mapping[str, nn.Module], per: _Per) -> list[_We
         # A token has a length of its own; to be orthonormal there are usually too many of them.
         unit = isinstance(per.manifold, Oblique | Sphere)
         sides = {"token": token, "feature": feature} if unit else {"feature": feature, "token": token}
-        return [_Weight("weight", "token feature", {}, sides, zero_token=module.padding_idx)]
+        if module.max_norm is not None:
+            raise ValueError(
+                f"an {type(module).__name__} with max_norm shortens its rows as it is called, which no rule survives; "
+                "take max_norm away, or give {'NAME': None}"
+            )
+        return [_Weight("weight", "token feature", {}, sides)]
     if isinstance(module, nn.Bilinear):
         sizes = {"first": module.in1_features, "second": module.in2_features}
         return [_Weight("weight", "output first second", sizes, {"output": ("", "first second", "output")})]
@@ -347,7 +389,10 @@ def _convolution_weight(module: _ConvNd) -> _Weight:
 def _attention_weights(module: Any, per: _Per, projection: bool) -> list[_Weight]:
     """Return the weights of queries, keys and values, or of the output projection, whose inputs are the heads'."""
     if per.heads not in (0, module.num_heads):
-        raise ValueError(f"heads={per.heads}, but the attention has {module.num_heads}; leave heads away")
+        raise ValueError(
+            f"heads={per.heads}, but the attention has {module.num_heads}; leave heads away, or name its projection "
+            "apart, {'NAME.out_proj': ...}"
+        )
     heads = {"head": module.num_heads}
     if projection:
         sides = {

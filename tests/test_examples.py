@@ -23,29 +23,47 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_the_example_of_the_readme() -> None:
-    code, as_torch_optimizer = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.S)
+def test_the_examples_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 90
+    in_a_network, functional = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     torch.manual_seed(0)
     names: dict = {}
-    exec(code, names)
+    exec(functional, names)
     assert names["geometry"].violation(names["params"])["basis"] < 1e-5
     # Variances 1/k: the six leading directions are the first six coordinates.
     captured = names["params"]["basis"][:6].square().sum()
     assert captured > 0.9 * 6
 
-    model = torch.nn.Sequential()
-    model.add_module("block", torch.nn.Sequential())
-    model.block.add_module("conv1", torch.nn.Conv2d(1, 6, 3))
-    model.add_module("head", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6 * 36, 3)))
-    images = torch.randn(60, 1, 8, 8)
+    images = torch.randn(60, 1, 28, 28)
     labels = (images.mean((1, 2, 3)) > 0).long()
-    loader = [(images, labels)] * 30
-    before = torch.nn.functional.cross_entropy(model(images), labels).item()
-    with pytest.warns(sm.optim.ProjectionWarning, match=r"block\.conv1\.weight"):
-        exec(as_torch_optimizer, {"model": model, "loader": loader, **names})
-    assert torch.nn.functional.cross_entropy(model(images), labels).item() < before
-    kernel = model.block.conv1.weight.detach().reshape(6, 9)
-    torch.testing.assert_close(kernel @ kernel.T, torch.eye(6), rtol=0, atol=1e-5)
+    names = {"loader": [(images, labels)] * 10}
+    with pytest.warns(sm.optim.ProjectionWarning, match=r"0\.weight"):
+        exec(in_a_network, names)
+    assert torch.nn.functional.cross_entropy(names["model"](images), labels).item() < 0.5
+    filters = names["model"][0].weight.detach().reshape(8, 9)
+    torch.testing.assert_close(filters @ filters.T, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = sorted(
+    (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("proofs/*.md"), *ROOT.glob("subspace_meta/*/*.md"))
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if not target.startswith(("http://", "https://")):
+            file, _, anchor = target.partition("#")
+            there = (page.parent / file).resolve() if file else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
 
 
 def test_the_example_of_the_torch_optimizer() -> None:

@@ -357,7 +357,7 @@ def test_what_is_nearest_counts():
     only = sm.rules_for(model, {nn.Linear: sm.Stiefel()})
     assert "attend.out_proj.weight" in only
     assert "attend.in_proj_weight" not in only
-    by_name = sm.rules_for(model, {"att*": (sm.Stiefel(), "per head"), "attend.out_proj": sm.Oblique()})
+    by_name = sm.rules_for(model, {"att*": (sm.Stiefel(), "per head"), "*": sm.Oblique()})
     out = by_name["attend.out_proj.weight"].view  # the first name that fits counts
     assert (out.pattern, out.sizes) == ("output (head input) -> head output input", (("head", 2),))
     exact = sm.rules_for(model, {"attend": (sm.Stiefel(), "per head"), "attend.out_proj": sm.Oblique()})
@@ -521,3 +521,62 @@ def test_lazy_modules_are_called_first():
         sm.rules_for(model, {nn.Conv2d: sm.Stiefel()})
     model(torch.randn(1, 3, 5, 5))
     assert list(sm.rules_for(model, {nn.Conv2d: sm.Stiefel(), nn.Linear: sm.Stiefel()})) == ["0.weight", "2.weight"]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(10, 4, padding_idx=0)
+        self.out = nn.Linear(4, 10, bias=False)
+        self.out.weight = self.tokens.weight
+
+
+NESTED = nn.Sequential(nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 2)), nn.Linear(4, 4))
+ENCODER = nn.TransformerEncoderLayer(8, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "message"),
+    [
+        (Tied(), {nn.Linear: sm.Oblique()}, r"'out.weight' .* output 0 is padding .*say 'per input'"),
+        (
+            nn.Embedding(4, 4, padding_idx=1),
+            {nn.Embedding: sm.Stiefel()},
+            "row 1 is padding .* 3 rows are too few for 4",
+        ),
+        (nn.Embedding(9, 4, max_norm=0.5), {nn.Embedding: sm.Oblique()}, "max_norm shortens its rows as it is called"),
+        (
+            NESTED,
+            {nn.Linear: sm.Stiefel(), nn.Sequential: None},
+            "Sequential has no weights of its own; leave modules out",
+        ),
+        (NESTED, {"*": sm.Stiefel(), "1": None}, "'1' decides nothing: .* put it first"),
+        (ENCODER, {"self_attn": (sm.Oblique(), "per head", 4)}, "heads=4, but the attention has 2"),
+        (NESTED, {nn.Linear: (sm.Oblique(), "per head", True)}, "must be a positive integer, got True"),
+        (NESTED, {nn.Linear: (sm.Oblique(), "per head", 0)}, "must be a positive integer, got 0"),
+        (NESTED, {nn.Linear: (sm.Oblique(), "per head", 2.0)}, "must be a positive integer, got 2.0"),
+        ({}, {nn.Linear: sm.Oblique()}, "rules_for takes the module itself, got dict"),
+    ],
+)
+def test_what_cannot_hold_or_would_be_ignored(model, layers, message):
+    with pytest.raises(ValueError, match=message):
+        sm.rules_for(model, layers)
+
+
+def test_what_is_left_out_is_left_out_with_all_that_is_in_it():
+    assert set(sm.rules_for(NESTED, {nn.Linear: sm.Stiefel(), "0": None})) == {"1.weight"}
+    assert set(sm.rules_for(NESTED, {"0.1": sm.Stiefel(), "0": None, nn.Linear: sm.Stiefel()})) == {
+        "0.1.weight",
+        "1.weight",
+    }
+    assert set(sm.rules_for(nn.Embedding(5, 4, padding_idx=0), {nn.Embedding: sm.Stiefel()})) == {"weight"}
+
+
+def test_an_output_projection_is_a_linear_layer_unless_its_attention_is_asked_for():
+    def words(layers):
+        geometry = sm.Geometry.from_rules(dict(ENCODER.named_parameters()), sm.rules_for(ENCODER, layers))
+        return {parameter.name: parameter.words for parameter in geometry.parameters}["self_attn.out_proj.weight"]
+
+    assert words({nn.Linear: sm.Oblique()}) == "8 unit outputs of 8"
+    assert words({nn.MultiheadAttention: sm.Oblique()}) == "2 times 4 unit inputs of a head of 8"
+    assert words({nn.Linear: (sm.Oblique(), "per head", 4)}) == "4 times 2 unit outputs of a head of 8"

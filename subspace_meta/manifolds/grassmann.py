@@ -96,12 +96,12 @@ class Grassmann(Manifold):
         return (normal * ratio[..., None, :]) @ left.mT
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the sum of squared principal angles. Two derivatives, up to the right angle."""
+        """Return the sum of squared principal angles. Two derivatives, below the right angle."""
         # Y - X has the same horizontal part as Y, and is exactly 0 at Y = X.
         return squared_angles(gram(self.project(x, y - x)), _angles(x, y))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the root of the sum of squared principal angles. Two derivatives, up to the right angle."""
+        """Return the root of the sum of squared principal angles. Two derivatives, below the right angle."""
         return root_at(torch.linalg.vector_norm(_angles(x, y), dim=-1), self.squared_distance(x, y))
 
     def nearest(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _half_angles(x: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_rotation_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return |log(X^T Y)|_F^2, NaN where the determinants differ; two derivatives, up to the angle pi."""
+    """Return |log(X^T Y)|_F^2, NaN where the determinants differ; two derivatives, below the angle pi."""
     return torch.where(_joined(x, y), 4.0 * squared_angles(0.25 * gram(y - x), _half_angles(x, y)), torch.nan)
 
 
@@ -204,11 +204,11 @@ class Orthogonal(Manifold):
         return rotation_log(x, y)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared distance; NaN if the determinants differ. Two derivatives, up to the angle pi."""
+        """Return the squared distance; NaN if the determinants differ. Two derivatives, below the angle pi."""
         return squared_rotation_distance(x, y)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(X^T Y); NaN if the determinants differ. Two derivatives, up to pi."""
+        """Return the Frobenius norm of log(X^T Y); NaN if the determinants differ. Two derivatives, below pi."""
         return rotation_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:

@@ -86,11 +86,11 @@ class Rotations(Manifold):
         return rotation_log(x, y)
 
     def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared Frobenius norm of log(X^T Y). Two derivatives, up to pi. NaN where Y is a reflection."""
+        """Return the squared Frobenius norm of log(X^T Y). Two derivatives, below pi. NaN where Y is a reflection."""
         return squared_rotation_distance(x, y)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the Frobenius norm of log(X^T Y). Two derivatives, up to the angle pi. NaN where Y is a reflection."""
+        """Return the Frobenius norm of log(X^T Y). Two derivatives, below the angle pi. NaN where Y is a reflection."""
         return rotation_distance(x, y)
 
     def nearest(self, x: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], owner: str, nam
             raise ValueError(f"{key!r} is no option of {owner}{where}{hint}; there are {', '.join(sorted(known))}")
 
 
+def check_rate_kind(lr: Any) -> None:
+    """Raise ``ValueError`` unless a learning rate is a number or a scalar tensor; optimizers look at its range."""
+    if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or (isinstance(lr, Tensor) and lr.numel() != 1):
+        got = "a dict; meta-parameters are the argument weights=" if isinstance(lr, Mapping) else f"{lr!r:.60}"
+        raise ValueError(f"lr must be a number or a scalar tensor, got {got}")
+
+
 def changed(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options whose values in a parameter group are not those of the optimizer."""
 

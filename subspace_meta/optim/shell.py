@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from subspace_meta.manifolds import Euclidean, Manifold
 from subspace_meta.optim import cohorts, states
 from subspace_meta.optim.cohorts import Cohort
 from subspace_meta.optim.names import named, named_groups, plain
-from subspace_meta.optim.options import HINTS, PARAMETERS, changed, options, refuse_unknown
+from subspace_meta.optim.options import HINTS, PARAMETERS, changed, check_rate_kind, options, refuse_unknown
 from subspace_meta.optimizers.base import Optimizer
 
 Rules = Mapping[str, Manifold | Rule]
@@ -94,7 +95,7 @@ class Riemannian(torch.optim.Optimizer):
             or dtype cannot carry its manifold, an option is unknown or out of its range, or a parameter is sharded.
     """
 
-    skipped: int = 0  # steps that were not taken
+    skipped: int = 0  # steps that were not taken, by the guard neither
 
     def __init__(
         self,
@@ -109,6 +110,10 @@ class Riemannian(torch.optim.Optimizer):
         non_finite: Literal["raise", "skip"] = "raise",
         **settings: Any,
     ) -> None:
+        of_torch = inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer)
+        if of_torch or not callable(optimizer):
+            what = optimizer.__name__ if inspect.isclass(optimizer) else f"{optimizer!r:.60}"
+            raise ValueError(f"optimizer must be a class of this library, sm.RAdam for instance, got {what}")
         if isinstance(optimizer, type) and dataclasses.is_dataclass(optimizer):
             refuse_unknown(settings, [field.name for field in dataclasses.fields(optimizer)], optimizer.__name__)
             usual = options(optimizer).get("lr", dataclasses.MISSING)
@@ -131,6 +136,14 @@ class Riemannian(torch.optim.Optimizer):
         check_gradients: bool,
         non_finite: Literal["raise", "skip"],
     ) -> None:
+        if others is not None and not callable(others):
+            raise ValueError(
+                f"others must make a torch optimizer from a list of parameters, or be None, got {others!r}"
+            )
+        if rules is not None and not isinstance(rules, Mapping):
+            raise ValueError(f"rules must be a dict, glob pattern of names -> manifold, got {rules!r}")
+        if wrong := [key for key in rules or {} if not isinstance(key, str)]:
+            raise ValueError(f"rules go by names, not {wrong[0]!r}; sm.rules_for(model, ...) makes them from types")
         if non_finite not in ("raise", "skip"):
             raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
         self._make, self._make_others, self._project, self._check = make, others, project, check_gradients
@@ -191,10 +204,10 @@ class Riemannian(torch.optim.Optimizer):
             refuse_unknown([key], known, self._make.name, list(members))
         if names:
             moving = [name for name in names if members[name].requires_grad]
-            if self._project and moving:
+            if moving:
                 starting = cohorts.subset(geometry, members, moving)
                 start = {name: members[name] for name in moving}
-                cohorts.bring_to_manifolds(starting, start, True, cohorts.FEASIBLE)
+                cohorts.bring_to_manifolds(starting, start, self._project, cohorts.FEASIBLE)
             super().add_param_group({**own_options, "params": [members[n] for n in names], "param_names": names})
             self._groups.append(_Group(geometry))
             # This optimizer's groups come first: they are told from the other's by their place.
@@ -204,10 +217,12 @@ class Riemannian(torch.optim.Optimizer):
 
     def _options_of(self, geometry: Geometry, like: Tensor, given: dict[str, Any], rest: bool) -> dict[str, Any]:
         """Return all options of a group of this optimizer; it is made once, so that it can refuse their values."""
+        check_rate_kind(self.defaults["lr"])
         # Also where the other optimizer knows them: half of a group would not be what is asked for.
         refuse_unknown([key for key in HINTS if given.get(key)], self.defaults, self._make.name, geometry.names)
         probe = self._make(geometry, like=like, **self.defaults)
         self.defaults = {**self.defaults, **options(probe)}
+        check_rate_kind(given.get("lr", self.defaults["lr"]))
         own = {key: value for key, value in given.items() if key in self.defaults}
         self._make(geometry, like=like, **{**self.defaults, **own})
         if not rest:
@@ -263,7 +278,9 @@ class Riemannian(torch.optim.Optimizer):
         results = [_advanced(one, loss) for one in work]
         if not self._acceptable(results):
             return returned
-        if self._others is not None and not self._withheld(work, loss):
+        if self._withheld(work, loss):
+            self.skipped += 1
+        elif self._others is not None:
             self._others.step()  # before anything is written: it may refuse
         self._commit(results)
         return returned
@@ -276,9 +293,13 @@ class Riemannian(torch.optim.Optimizer):
         """
         if self._check and not self._gradients_are_good():
             return None
+        for group in self.param_groups[len(self._groups) :]:
+            assert self._others is not None
+            refuse_unknown(group, self._others.defaults, type(self._others).__name__, group["param_names"])
         work = []
         for own, group, members in self._own():
             refuse_unknown(group, self.defaults, self._make.name, own.geometry.names)
+            check_rate_kind(group["lr"])
             self._start_cohorts(own, group, members)
             for cohort in own.cohorts:
                 params = {name: members[name].detach() for name in cohort.geometry.names}
@@ -292,8 +313,11 @@ class Riemannian(torch.optim.Optimizer):
                     cohorts.bring_to_manifolds(some, points, self._project, cohort.tolerance)
                     cohorts.keep_tangent(cohort, params)
                 work.append(_Work(cohort, params, cohort.scaled(grads, params)))
-        if loss is None and any(getattr(one.cohort.optimizer, "guarded", False) for one in work):
-            raise ValueError("guarded=True watches the loss: give it, step(closure) or step(loss=loss)")
+        if any(getattr(one.cohort.optimizer, "guarded", False) for one in work):
+            if loss is None:
+                raise ValueError("guarded=True watches the loss: give it, step(closure) or step(loss=loss)")
+            if torch.as_tensor(loss).numel() != 1:
+                raise ValueError(f"guarded=True watches one loss, got a tensor of shape {tuple(loss.shape)}")
         return work
 
     def _start_cohorts(self, own: _Group, group: Mapping[str, Any], members: Mapping[str, Parameter]) -> None:

@@ -22,8 +22,10 @@ Norms are those of the product of all parameters: one step for the run. P is the
 on spheres and SPD, isometric on orthogonal matrices, a projection on Stiefel and Grassmann. Gradients are carried
 forward from x to x', where the published RAdaGD carries them backward; for parallel transport, and for projections in
 the inner product, that is the same. *Ours* is that the factor of a step stays where the gradient is exactly 0: there
-the published rules let it grow without bound. Both methods are for deterministic losses: with mini-batches, L is that
-of the noise. Cost: one gradient is kept; an exponential map and a transport a step.
+the published rules let it grow without bound; and that a step of more than a quarter turn is shortened to that
+(:func:`~subspace_meta.optimizers.runs.shortening`), with all that is concluded from its length. Both methods are for
+deterministic losses: with mini-batches, L is that of the noise. Cost: one gradient is kept; an exponential map and a
+transport a step.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers.base import check_rate, check_start, gather_gradients
-from subspace_meta.optimizers.runs import inner, move
+from subspace_meta.optimizers.runs import inner, move, shortening
 
 GROWTH = 4 / 3
 CAUTION = 20 / 63
@@ -122,6 +124,9 @@ class RAdaGD:
         long = state.size * smoothness >= 1.0
         size = torch.where(long, CAUTION / torch.where(long, smoothness, 1.0), GROWTH * state.size)
         size = torch.where(inner(self.geometry, points, gradients, gradients) == 0.0, state.size, size)
+        # Shortened as a whole, so that what the next step concludes is from the step that was taken.
+        wanted = [(self.lr * size).to(r.dtype) * r for r in gradients]
+        size = size * shortening(self.geometry, points, wanted).to(size.dtype)
         taken = (self.lr * size).to(size.dtype)
         moved = move(self.geometry, points, [-taken.to(r.dtype) * r for r in gradients], self.geodesic)
         carried = _carry(self.geometry, points, moved, gradients)
@@ -184,10 +189,13 @@ class RAdGD:
         size = torch.where(known, torch.minimum(grown, limit), grown)
         energy = inner(self.geometry, points, gradients, gradients)
         size = torch.where(energy == 0.0, state.size, size)
-        started = (state.step > 0) & (state.size > 0.0)
-        ratio = torch.where(started, size / torch.where(started, state.size, 1.0), 0.0)
+        # Shortened as a whole, so that what the next step concludes is from the step that was taken.
+        wanted = [(self.lr * size).to(r.dtype) * r for r in gradients]
+        size = size * shortening(self.geometry, points, wanted).to(size.dtype)
         taken = (self.lr * size).to(size.dtype)
         moved = move(self.geometry, points, [-taken.to(r.dtype) * r for r in gradients], self.geodesic)
+        started = (state.step > 0) & (state.size > 0.0)
+        ratio = torch.where(started, size / torch.where(started, state.size, 1.0), 0.0)
         carried = _carry(self.geometry, points, moved, gradients)
         # No length, rather than a tiny one, where the gradient was zero: the next step then learns nothing from this.
         length = taken * torch.where(energy > 0.0, torch.where(energy > 0.0, energy, 1.0).sqrt(), energy)

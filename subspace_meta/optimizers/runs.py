@@ -35,9 +35,11 @@ from subspace_meta.manifolds import (
     Stiefel,
     StiefelCanonical,
 )
-from subspace_meta.manifolds.base import MATRIX
+from subspace_meta.manifolds.base import MATRIX, gram, power_of_two, spectral_bound
 from subspace_meta.manifolds.oblique import COLUMN
 from subspace_meta.optimizers.base import ORTHONORMAL, retract_all
+
+QUARTER = 0.5 * math.pi
 
 # The exponential maps; each shortens steps beyond its ``max_norm``, where a length has no meaning any more.
 _SPHERE = SphereExponential()
@@ -64,6 +66,34 @@ def exponential(manifold: Manifold, x: Tensor, v: Tensor) -> Tensor:
     if isinstance(manifold, Grassmann):
         return _GRASSMANN(x, v)
     return _EMBEDDED(x, v) if isinstance(manifold, ORTHONORMAL) else manifold.retract(x, v)
+
+
+def _share(manifold: Manifold, x: Tensor, v: Tensor) -> Tensor:
+    """Return how long a tangent is, the longest of a batch, where 1 is half of what :func:`exponential` shortens to."""
+    if isinstance(manifold, Product):
+        points, tangents = (torch.split(z, list(manifold.sizes), dim=manifold.axis) for z in (x, v))
+        return torch.stack(list(map(_share, manifold.factors, points, tangents))).amax()
+    if isinstance(manifold, Sphere | Oblique):
+        return torch.linalg.vector_norm(v, dim=MATRIX if isinstance(manifold, Sphere) else COLUMN).amax() / QUARTER
+    if isinstance(manifold, SPD):
+        return manifold.norm(x, v).amax() / (0.5 * _SPD.max_norm)
+    if isinstance(manifold, ORTHONORMAL):
+        scale = power_of_two(v)
+        longest = (spectral_bound(gram(v / scale)).sqrt() * scale).amax()
+        return longest / (0.5 * QUARTER if isinstance(manifold, Grassmann) else QUARTER)
+    return v.new_zeros(())
+
+
+def shortening(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Return the factor, at most 1, by which a step of the whole run ends half-way to where geodesics come back.
+
+    That is a quarter turn on spheres and for orthonormal columns, an eighth for subspaces, |E| = 2.5 on SPD. Twice as
+    far, gradients say nothing about curvature: from a point to its antipode those of an even loss do not change.
+    """
+    shares = [_share(g.manifold, x, v.detach()) for g, x, v in zip(geometry.groups, points, tangents, strict=True)]
+    longest = torch.stack([share.to(shares[0].dtype) for share in shares]).amax()
+    # What is not finite is for others to notice.
+    return torch.where(longest > 1.0, 1.0 / longest.clamp(min=1.0), 1.0)
 
 
 def move(geometry: Geometry, points: Sequence[Tensor], tangents: Sequence[Tensor], geodesic: bool) -> list[Tensor]:

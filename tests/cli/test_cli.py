@@ -115,7 +115,7 @@ def test_a_dry_run_prints_costs_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_run_that_does_not_fit_is_warned_about(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(cli.train, "available_bytes", lambda: 1000)
     monkeypatch.setattr(sys, "argv", ["subspace-meta", "train", "--preset", "smoke", "--dry-run"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -220,7 +220,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_json_has_no_numbers_that_json_does_not_have() -> None:
     content = {"a": [1.0, math.nan, (math.inf, 2)], "b": "nan", "c": None}
-    assert cli.finite_or_null(content) == {"a": [1.0, None, [None, 2]], "b": "nan", "c": None}
+    assert cli.common.finite_or_null(content) == {"a": [1.0, None, [None, 2]], "b": "nan", "c": None}
 
 
 def test_memory_of_resnet50(tmp_path: Path) -> None:

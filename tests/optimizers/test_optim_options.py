@@ -181,3 +181,60 @@ def test_a_rate_may_be_left_out_where_there_is_a_default():
     assert optimizer.param_groups[0]["lr"] == 1.0
     with pytest.raises(ValueError, match="RAdam has no learning rate of its own: give lr"):
         Riemannian(network(), RULES, sm.RAdam)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": "fast"}, r"lr must be a number or a scalar tensor, got 'fast'"),
+        ({"lr": True}, r"lr must be a number or a scalar tensor, got True"),
+        ({"lr": torch.ones(2)}, r"lr must be a number or a scalar tensor, got tensor"),
+        ({"others": 5}, r"others must make a torch optimizer from a list of parameters, or be None, got 5"),
+        (
+            {"optimizer": torch.optim.Adam},
+            r"optimizer must be a class of this library, sm.RAdam for instance, got Adam",
+        ),
+        ({"optimizer": "RAdam"}, r"optimizer must be a class of this library, sm.RAdam for instance, got 'RAdam'"),
+        ({"rules": {torch.nn.Linear: sm.Stiefel()}}, r"rules go by names, not .*sm.rules_for\(model, ...\) makes them"),
+        ({"rules": [sm.Stiefel()]}, r"rules must be a dict, glob pattern of names -> manifold, got \[Stiefel"),
+    ],
+)
+def test_arguments_of_another_kind(settings, message):
+    model = torch.nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=message):
+        Riemannian(model, **{"rules": {"weight": sm.Stiefel()}, "optimizer": sm.RAdam, "lr": 1e-2, **settings})
+
+
+def test_a_rate_of_another_kind_in_a_group():
+    model = torch.nn.Linear(4, 3)
+    rules, group = {"weight": sm.Stiefel()}, {"params": list(model.named_parameters()), "lr": "a"}
+    with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
+        Riemannian([group], rules, sm.RAdam, lr=1e-2)
+    with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
+        sm.optim.SubspaceMeta(model, rules, lr="a")
+    with pytest.warns(sm.optim.ProjectionWarning):
+        optimizer = Riemannian(model, rules, sm.RAdam, lr=1e-2)
+    optimizer.param_groups[0]["lr"] = "a"
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="lr must be a number or a scalar tensor, got 'a'"):
+        optimizer.step()
+
+
+def test_a_key_of_the_other_optimizer_that_nobody_reads_is_refused_later_too():
+    model = torch.nn.Linear(4, 3)
+    with pytest.warns(sm.optim.ProjectionWarning):
+        optimizer = Riemannian(model, {"weight": sm.Stiefel()}, sm.RAdam, lr=1e-2)
+    optimizer.param_groups[1]["weight_dcay"] = 0.1
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"'weight_dcay' is no option of AdamW \(parameter group of 'bias'\)"):
+        optimizer.step()
+
+
+def test_meta_parameters_in_the_place_of_the_rate():
+    with pytest.raises(ValueError, match=r"lr must be a number .*meta-parameters are the argument weights="):
+        sm.optim.SubspaceMeta(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, sm.pretrained("light"))
+
+
+def test_weights_that_are_not_to_be_moved_are_refused_at_the_start():
+    with pytest.raises(ValueError, match="parameter 'weight' is not on Stiefel: constraint violation"):
+        sm.optim.SubspaceMeta(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, project=False)

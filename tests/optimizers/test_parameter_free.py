@@ -465,7 +465,8 @@ def test_a_step_of_length_zero_says_nothing_of_smoothness(name):
     params, state = still.update({"x": normal(4, 1, seed=5)}, optimizer.init(params), params, torch.tensor(1.0))
     before = float(state.size)
     for value in (0.999, 2.0):
-        _, after = optimizer.update({"x": normal(4, 1, seed=6)}, state, params, torch.tensor(value))
+        short = {"x": 0.3 * normal(4, 1, seed=6)}  # below a quarter turn, beyond which sizes are shortened
+        _, after = optimizer.update(short, state, params, torch.tensor(value))
         assert float(after.size) == pytest.approx({"RAdaGD": 4 / 3, "RAdGD": 1.0}[name] * before)
 
 
@@ -605,3 +606,32 @@ def test_the_shell_gives_the_loss_on():
     best = -torch.linalg.eigvalsh(inputs.T @ inputs)[-2:].sum() / 40
     assert losses[0] - best > 0.1
     assert losses[-1] - best < 1e-9
+
+
+@pytest.mark.parametrize("kind", [sm.RAdGD, sm.RAdaGD])
+@pytest.mark.parametrize("manifold", [sm.Sphere(), sm.Oblique(), sm.Grassmann(), sm.Rotations()], ids=lambda m: m.name)
+@pytest.mark.parametrize("first", [1.0, 100.0])
+def test_a_first_step_that_is_too_long_teaches_nothing_wrong(kind, manifold, first):
+    """Half a turn away the gradient of an even loss is the same: a curvature of zero, and no progress ever after."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (10, 1) if manifold == sm.Sphere() else (6, 6) if manifold == sm.Rotations() else (12, 3)
+    a = torch.randn(shape[0], shape[0], generator=generator, dtype=torch.float64)
+    a = a @ a.mT
+    weights = torch.arange(shape[1], 0, -1, dtype=torch.float64)
+    params = {"x": manifold.random_point(shape, generator, torch.float64)}
+    geometry = sm.Geometry.from_rules(params, {"x": manifold})
+    optimizer = kind(geometry, **({"initial": first} if kind is sm.RAdGD else {"smoothness": 1.0 / first}))
+
+    def loss(p):
+        return (
+            -(weights * p["x"] * (a @ p["x"])).sum() if manifold == sm.Rotations() else -(p["x"] * (a @ p["x"])).sum()
+        )
+
+    state, losses = optimizer.init(params), []
+    for _ in range(400):
+        grads, value = torch.func.grad_and_value(loss)(params)
+        losses.append(float(value))
+        params, state = optimizer.update(grads, state, params, value)
+    riemannian = manifold.riemannian_gradient(params["x"], torch.func.grad(loss)(params)["x"])
+    assert float(riemannian.norm()) < 1e-5 * float(a.norm())
+    assert losses[-1] < losses[0]

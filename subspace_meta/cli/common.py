@@ -1,0 +1,96 @@
+"""What the commands share: errors of the user, tables, and the tasks that options name."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import math
+import os
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from subspace_meta.evaluation import archive
+from subspace_meta.evaluation.comparison import QUICK
+from subspace_meta.tasks.data import DATA_VARIABLE
+from subspace_meta.tasks.suite import SuiteTask, evaluation_suite
+
+console = Console(stderr=True)
+
+
+WIDE = 200  # columns that tables of the suite need not to wrap
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be; the message says what would be right."""
+
+
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str], width: int | None = None
+) -> None:
+    """Print a table, the columns ``left`` flush left; ``width`` is for piped output, which has none of its own."""
+    table = Table(title=title)
+    for column in header:
+        table.add_column(column, justify="left" if column in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return JSON-ready content with ``None`` for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def imported(path: str, what: str) -> Any:
+    """Return the object that ``package.module:name`` names."""
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise UsageError(f"--{what} is package.module:name, got {path!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for good: worker processes import it again
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--{what} {path}: {error}") from error
+
+
+def _own_tasks(path: str) -> list[SuiteTask]:
+    """Return the tasks that a user named, after a look at what they are."""
+    tasks = imported(path, "own")
+    if not isinstance(tasks, list | tuple) or not all(isinstance(task, SuiteTask) for task in tasks) or not tasks:
+        raise UsageError(f"--own {path} must be a list or tuple of SuiteTask, got {tasks!r:.200}")
+    files = [archive.path_of(task.row).name for task in tasks]
+    if twice := [task.row for task, file in zip(tasks, files, strict=True) if files.count(file) > 1]:
+        raise UsageError(
+            f"--own {path}: these tasks would share a file of the archive, rename them: {', '.join(twice)}"
+        )
+    return list(tasks)
+
+
+def chosen_tasks(suite: str, pattern: str, own: str) -> list[SuiteTask]:
+    """Return the tasks that the options mean, those without their data left out with a word."""
+    if suite not in ("full", "quick"):
+        raise UsageError(f"there is no suite {suite!r}; there are: full, quick")
+    tasks = _own_tasks(own) if own else list(evaluation_suite())
+    named = [task for task in tasks if own or suite == "full" or task.row in QUICK]
+    exact = [task for task in named if task.row.lower() == pattern.lower()]  # a name may hold what patterns are made of
+    matching = exact or [task for task in named if fnmatch.fnmatch(task.row.lower(), pattern.lower())]
+    if not matching:
+        raise UsageError(f"no task matches {pattern!r}; there are: {'; '.join(task.row for task in named)}")
+    available = [task for task in matching if task.available]
+    if len(available) < len(matching):
+        console.print(
+            f"left out, the folder that {DATA_VARIABLE} names does not hold their data: "
+            + "; ".join(task.row for task in matching if not task.available)
+        )
+    if not available:
+        raise UsageError(f"the data of these tasks are not there; set {DATA_VARIABLE} to their folder")
+    return available

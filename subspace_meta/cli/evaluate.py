@@ -1,0 +1,87 @@
+"""``subspace-meta evaluate``: an untuned optimizer beside the archive of tuned ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from subspace_meta import live
+from subspace_meta.checkpoint import load_weights, write_atomically
+from subspace_meta.cli.common import WIDE, UsageError, chosen_tasks, console, finite_or_null, imported, print_table
+from subspace_meta.evaluation import archive
+from subspace_meta.evaluation.comparison import Comparison, TaskResult, compare, doubts
+from subspace_meta.evaluation.page import gaps, markdown, page, summary, untuned
+from subspace_meta.optimizers.subspace import SubspaceOptimizer
+from subspace_meta.weights import FOLDER, RELEASES
+
+
+def evaluate_command(
+    weights: Annotated[
+        Path | None, typer.Option(help="A weights file of the learned optimizer.  [default: the shipped one]")
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="Instead: package.module:factory, a function of a Geometry that returns an optimizer.")
+    ] = "",
+    suite: Annotated[str, typer.Option(help="full: all tasks of the suite; quick: ten small ones.")] = "full",
+    tasks: Annotated[str, typer.Option(help="Only tasks whose name matches this pattern, *PCA* for instance.")] = "*",
+    own: Annotated[
+        str, typer.Option(help="package.module:tasks, a sequence of your own SuiteTask, instead of the suite.")
+    ] = "",
+    folder: Annotated[
+        Path,
+        typer.Option("--archive", help="Folder of tuned baselines.  [default: the one that ships]", show_default=False),
+    ] = archive.FOLDER,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md, report.html and results.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
+) -> None:
+    """Compare an untuned optimizer with the archive of tuned baselines."""
+    torch.set_num_threads(threads)
+    if weights is not None and optimizer:
+        raise UsageError("give --weights or --optimizer, not both")
+    name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer)
+    chosen = chosen_tasks(suite, tasks, own)
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out is a folder; {out} is a file")
+        out.mkdir(parents=True, exist_ok=True)  # an unwritable place is said now, not after minutes
+    results: list[TaskResult] = []
+    reasons: list[str] = []
+    with live.progress(console, quiet) as progress:
+        bar = progress.add_task("evaluating", total=len(chosen), note=chosen[0].row[:44])
+        for done, (task, result) in enumerate(compare(name, make, chosen, folder), start=1):
+            reasons.append(f"{task.row}: {result}") if isinstance(result, str) else results.append(result)
+            progress.update(bar, advance=1, note=chosen[min(done, len(chosen) - 1)].row[:44])
+    if not results:
+        raise UsageError(f"there is nothing to report. {'; '.join(reasons[:3])}")
+    notes = [*doubts(results), *(f"left out, {reason}" for reason in reasons)]
+    for note in notes:
+        console.print(note)
+    found = Comparison(name, tuple(results), tuple(notes))
+    described = finite_or_null(found.to_json())
+    if out is not None:
+        write_atomically(out / "results.json", json.dumps(described, indent=1).encode())
+        write_atomically(out / "report.md", markdown(found).encode())
+        write_atomically(out / "report.html", page(found).encode())
+        console.print(f"wrote {out}/report.html, report.md and results.json")
+    if as_json:
+        typer.echo(json.dumps(described))
+    else:
+        for title, make_table in (("summary", summary), ("nothing tuned", untuned), ("beside the best tuned", gaps)):
+            header, rows = make_table(found)
+            print_table(title, header, rows, header[:1], WIDE)
+    if reasons:
+        raise typer.Exit(1)
+
+
+def _chosen_optimizer(weights: Path, optimizer: str) -> tuple[str, Any]:
+    """Return name and factory of what is evaluated."""
+    if optimizer:
+        return optimizer, imported(optimizer, "optimizer")
+    theta, adapter = load_weights(weights)
+    return weights.stem, lambda geometry: SubspaceOptimizer(geometry, theta, adapter)
