@@ -65,6 +65,11 @@ class _HandMade:
 
     def __call__(self, geometry: Geometry, like: Tensor, **given: Any) -> Optimizer:
         optimizer: Any = self.make(geometry, **self.settings)
+        if "lr" not in options(optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} has no option 'lr': the rate of a parameter group would change nothing "
+                "(for averages of iterates there is torch.optim.swa_utils.AveragedModel)"
+            )
         made: Optimizer = dataclasses.replace(optimizer, **changed(optimizer, {**options(optimizer), **given}))
         return made
 

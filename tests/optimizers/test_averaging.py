@@ -88,3 +88,19 @@ def test_a_negative_power_is_refused():
     geometry, _, _ = problem(sm.Stiefel(), (7, 3))
     with pytest.raises(ValueError, match="power must be at least 0, got -1"):
         Averaging(sm.RSGD(geometry, 0.1), -1.0)
+
+
+def test_it_is_traced_whole():
+    geometry, params, loss = problem(sm.Stiefel(), (7, 3))
+    optimizer = Averaging(sm.RAdam(geometry, 0.1))
+    state = optimizer.init(params)
+    step = torch.compile(optimizer.update, fullgraph=True, backend="eager")
+    expected = optimizer.update(grad(loss)(params), state, params)
+    found = step(grad(loss)(params), state, params)
+    torch.testing.assert_close(found[1].mean, expected[1].mean, rtol=1e-9, atol=1e-12)
+
+
+def test_a_torch_optimizer_needs_a_rate_of_its_own():
+    model = torch.nn.Linear(3, 5, bias=False)
+    with pytest.raises(ValueError, match=r"Averaging has no option 'lr'.*AveragedModel"):
+        sm.optim.Riemannian(model, {"weight": sm.Stiefel()}, lambda g, lr: Averaging(sm.RAdam(g, lr)), 0.1)
