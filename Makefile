@@ -33,8 +33,9 @@ test-rounding: $(INSTALLED)  ## the tests that compare different operations, wit
 
 test-processors: $(INSTALLED)  ## the whole suite, slow tests too, under other instruction sets and with two threads
 	@for setting in $(PROCESSORS); do \
-		echo "$$setting: $$(env OMP_NUM_THREADS=1 $$setting $(RUN) -m pytest -q -n 2 --dist worksteal -m "not gpu" \
-			-p no:cacheprovider | tail -n 1)"; \
+		cache=$(abspath $(VENV))/compiled/$$(echo $$setting | tr = -); \
+		echo "$$setting: $$(env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$$cache $$setting $(RUN) -m pytest -q -n 2 \
+			--dist worksteal -m "not gpu" -p no:cacheprovider | tail -n 1)"; \
 	done
 
 test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU: correctness, bandwidth, time beside Adam

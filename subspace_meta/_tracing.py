@@ -19,10 +19,17 @@ def has_values(*tensors: Tensor) -> bool:
     )
 
 
+def values_at_hand(*tensors: Tensor) -> bool:
+    """Return whether reading the tensors costs nothing: they have values and are on a CPU; a device would have to wait.
+
+    Then a cheaper way to the *same* result may be chosen by looking, never another result.
+    """
+    return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def known_true(condition: Tensor) -> bool:
     """Return whether ``condition`` holds everywhere, where reading that costs nothing; ``False`` where it is unknown.
 
-    It is known for plain CPU tensors only; a device would have to wait. So it may choose a cheaper way to the same
-    result, never another result.
+    See :func:`values_at_hand`.
     """
-    return has_values(condition) and condition.device.type == "cpu" and bool(condition.all())
+    return values_at_hand(condition) and bool(condition.all())

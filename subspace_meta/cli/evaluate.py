@@ -14,7 +14,7 @@ from subspace_meta.checkpoint import load_weights, write_atomically
 from subspace_meta.cli.common import WIDE, UsageError, chosen_tasks, console, finite_or_null, imported, print_table
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.comparison import Comparison, TaskResult, compare, doubts
-from subspace_meta.evaluation.page import gaps, markdown, page, summary, untuned
+from subspace_meta.evaluation.page import gaps, markdown, page, scheduled, summary, untuned
 from subspace_meta.optimizers.subspace import SubspaceOptimizer
 from subspace_meta.weights import FOLDER, RELEASES
 
@@ -72,7 +72,13 @@ def evaluate_command(
     if as_json:
         typer.echo(json.dumps(described))
     else:
-        for title, make_table in (("summary", summary), ("nothing tuned", untuned), ("beside the best tuned", gaps)):
+        tables = (
+            ("summary", summary),
+            ("nothing tuned", untuned),
+            ("the number of steps known", scheduled),
+            ("beside the best tuned", gaps),
+        )
+        for title, make_table in tables:
             header, rows = make_table(found)
             print_table(title, header, rows, header[:1], WIDE)
     if reasons:

@@ -38,24 +38,26 @@ from subspace_meta.checkpoint import write_atomically
 from subspace_meta.evaluation import protocol
 from subspace_meta.evaluation.protocol import (
     BASELINES,
+    SCHEDULED,
     TIE,
     UNTUNED,
     Baseline,
     Curves,
     EvaluationTask,
     checkpoints_within,
-    evaluate_rates,
+    run_baseline,
     tune,
 )
 from subspace_meta.geometry import Geometry
 from subspace_meta.meta.cost import entries
+from subspace_meta.optimizers import Averaging
 from subspace_meta.tasks import base as tasks_base
 from subspace_meta.tasks import data as tasks_data
 from subspace_meta.tasks import references
 from subspace_meta.tasks.suite import SuiteTask
 
 FOLDER = Path(__file__).parent / "archive"
-KEPT = BASELINES + UNTUNED  # what has a cell on every task on which it is defined
+KEPT = BASELINES + SCHEDULED + UNTUNED  # what has a cell on every task on which it is defined
 SEEDS = 5
 DECIMALS = 4
 TENSORS = ("log_excess", "metric", "violation", "envelope", "curves", "initial")  # fields of a cell that are tensors
@@ -193,23 +195,32 @@ def _manifold_modules(where: Geometry) -> list[ModuleType]:
     return _with_imports(tuple({type(value).__module__ for value in values}), manifolds)
 
 
-DECIDING = (protocol.evaluate_rates, protocol.tune, protocol.measured_steps, cell_of, smoothed_minimum)
+DECIDING = (
+    protocol.evaluate_rates,
+    protocol.run_baseline,
+    protocol.at_budgets,
+    protocol.tune,
+    protocol.measured_steps,
+    cell_of,
+    smoothed_minimum,
+)
 
 
 def code_hash(task: SuiteTask, baseline: Baseline) -> str:
     """Return a hash of the code that decides a cell: manifolds and geometry, the task, the optimizer, the protocol."""
-    optimizer = type(baseline.make(task.family.problem.geometry, torch.tensor(1e-2)))
+    optimizer = baseline.make(task.family.problem.geometry, torch.tensor(1e-2))
+    methods = (optimizer, optimizer.method) if isinstance(optimizer, Averaging) else (optimizer,)
     modules = [
         *_manifold_modules(task.family.problem.geometry),
         geometry,
-        *_with_imports((optimizer.__module__,), optimizers),
+        *_with_imports(tuple(type(method).__module__ for method in methods), optimizers),
         tasks_base,
         tasks_data,
         references,
         importlib.import_module(type(task.family).__module__),
     ]
     parts = [_meaning_of(module) for module in modules]
-    parts += [_meaning_of(f) for f in DECIDING]
+    parts += [_meaning_of(f) for f in (*DECIDING, *([baseline.schedule] if baseline.schedule else []))]
     parts += [
         repr((task.row, tasks_base.describe(task.family), task.horizon, SEEDS, protocol.GRID, protocol.MAX_EXTENSIONS))
     ]
@@ -308,7 +319,7 @@ def make_cell(task: SuiteTask, baseline: Baseline) -> Cell:
     drawn = EvaluationTask(task.row, task.family)
     if baseline in UNTUNED:
         assert baseline.default is not None
-        curves = evaluate_rates(drawn, baseline.make, (baseline.default,), SEEDS, task.horizon, baseline.feasible)
+        curves = run_baseline(drawn, baseline, (baseline.default,), SEEDS, task.horizon)
     else:
         curves = tune(drawn, baseline, SEEDS, task.horizon)
     return cell_of(curves, code_hash(task, baseline))
@@ -328,9 +339,7 @@ def confirm(task: SuiteTask, baseline: Baseline, cell: Cell) -> Cell | None:
     if cell.steps[-1] != task.horizon or cell.log_excess.shape[1] != SEEDS:
         return None
     horizon = min(CONFIRMED, task.horizon)
-    curves = evaluate_rates(
-        EvaluationTask(task.row, task.family), baseline.make, cell.rates, SEEDS, horizon, baseline.feasible
-    )
+    curves = run_baseline(EvaluationTask(task.row, task.family), baseline, cell.rates, SEEDS, horizon)
     if not math.isclose(curves.reference, cell.reference, rel_tol=1e-3, abs_tol=1e-6):
         return None
     for step in curves.checkpoints:

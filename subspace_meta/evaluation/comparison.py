@@ -13,7 +13,16 @@ from torch import Tensor
 
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.archive import Cell, smoothed_minimum
-from subspace_meta.evaluation.protocol import BASELINES, FLOOR, TIE, UNTUNED, Curves, EvaluationTask, run_untuned
+from subspace_meta.evaluation.protocol import (
+    BASELINES,
+    FLOOR,
+    SCHEDULED,
+    TIE,
+    UNTUNED,
+    Curves,
+    EvaluationTask,
+    run_untuned,
+)
 from subspace_meta.evaluation.report import environment
 from subspace_meta.evaluation.scores import bootstrap_interval, interquartile_mean, performance_profile, speed_up
 from subspace_meta.evaluation.timing import interleaved
@@ -69,9 +78,13 @@ class TaskResult:
 
     def best(self, step: int) -> tuple[str, float]:
         """Return the best tuned baseline at a step, at its best rate there, and its mean log excess."""
-        untuned = {baseline.name for baseline in UNTUNED}
-        name = min(self.cells.keys() - untuned, key=lambda name: self.cells[name].score(step))
-        return name, self.cells[name].score(step)
+        name = min(sorted(self.tuned), key=lambda name: self.tuned[name].score(step))
+        return name, self.tuned[name].score(step)
+
+    @property
+    def tuned(self) -> dict[str, Cell]:
+        """The cells of the baselines that are tuned at every step, and are not told how many there will be."""
+        return {b.name: self.cells[b.name] for b in BASELINES if b.name in self.cells}
 
     def untuned(self, step: int) -> dict[str, float]:
         """Return the mean log excess of every method with a published default, at that default."""
@@ -80,6 +93,10 @@ class TaskResult:
             for baseline in BASELINES + UNTUNED
             if baseline.default is not None and baseline.name in self.cells
         }
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Return the mean log excess of every method that is told the number of steps, at its best peak rate."""
+        return {b.name: self.cells[b.name].score(step) for b in SCHEDULED if b.name in self.cells}
 
     def verdict(self, step: int, best: float | None = None) -> str:
         """Return ``"better"``, ``"tie"`` (within 0.02, or both at the floor of float32) or ``"worse"``.
@@ -135,6 +152,7 @@ class TaskResult:
             "baselines": {name: [cell.score(step) for step in self.compared] for name, cell in self.cells.items()},
             "verdict": [self.verdict(step) for step in self.compared],
             "untuned": [self.untuned(step) for step in self.compared],
+            "scheduled": [self.scheduled(step) for step in self.compared],
             "speed_up": speed.tolist(),
             "speed_up_is_lower_bound": censored,
             "seconds_per_step": {"optimizer": self.seconds[0], PEER: self.seconds[1]},
@@ -167,9 +185,16 @@ class Comparison:
 
         Named ``""`` it is the best of them on each task.
         """
+        return self._beside(name, step, TaskResult.untuned)
+
+    def beside_scheduled(self, name: str, step: int) -> tuple[int, int]:
+        """Return the same beside a method with a schedule that ends at that step, at its best peak rate."""
+        return self._beside(name, step, TaskResult.scheduled)
+
+    def _beside(self, name: str, step: int, rivals: Callable[[TaskResult, int], dict[str, float]]) -> tuple[int, int]:
         verdicts = []
         for result in self.results:
-            if step in result.compared and (found := result.untuned(step)) and (not name or name in found):
+            if step in result.compared and (found := rivals(result, step)) and (not name or name in found):
                 verdicts.append(result.verdict(step, found[name] if name else min(found.values())))
         return sum(verdict != "worse" for verdict in verdicts), len(verdicts)
 
@@ -212,6 +237,9 @@ class Comparison:
                 "no_worse": {str(step): list(self.no_worse(step, results)) for step in steps},
                 "no_worse_than_untuned": {
                     str(step): list(Comparison(self.name, tuple(results)).beside_untuned("", step)) for step in steps
+                },
+                "no_worse_than_scheduled": {
+                    str(step): list(Comparison(self.name, tuple(results)).beside_scheduled("", step)) for step in steps
                 },
                 "speed_up_steps": list(self.speed(results=results)),
                 "speed_up_cpu_seconds": list(self.speed(True, results)),

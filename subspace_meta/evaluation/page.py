@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from subspace_meta.evaluation import predecessor
 from subspace_meta.evaluation.comparison import COMPARED, PEER, Comparison, TaskResult
 from subspace_meta.evaluation.plots import plot_predecessor, plot_profile, plot_tasks
-from subspace_meta.evaluation.protocol import BASELINES, UNTUNED
+from subspace_meta.evaluation.protocol import BASELINES, SCHEDULED, UNTUNED
 from subspace_meta.evaluation.report import environment, in_words
 
 Table = tuple[list[str], list[list[str]]]
@@ -79,20 +79,33 @@ def losses(comparison: Comparison) -> Table:
 
 def untuned(comparison: Comparison) -> Table:
     """Return on how many tasks the optimizer is no worse than each method at its published default."""
+    known = [b for b in BASELINES + UNTUNED if b.default is not None]
+    rows = {b.name: (f"{b.default:g}", b.source) for b in known}
+    return _beside(comparison, ["nothing tuned", "rate", "from"], rows, comparison.beside_untuned)
+
+
+def scheduled(comparison: Comparison) -> Table:
+    """Return on how many tasks the optimizer is no worse than each method whose schedule ends at the step."""
+    rows: dict[str, tuple[str, ...]] = {b.name: () for b in SCHEDULED}
+    return _beside(comparison, ["told the steps, peak rate tuned"], rows, comparison.beside_scheduled)
+
+
+def _beside(
+    comparison: Comparison,
+    header: list[str],
+    rivals: Mapping[str, tuple[str, ...]],
+    count: Callable[[str, int], tuple[int, int]],
+) -> Table:
+    """Return a row for every rival that there is, and one for the best of them; ``rivals`` says what else it shows."""
     steps = sorted({step for result in comparison.results for step in result.compared})
-    header = ["nothing tuned", "rate", "from", *(f"no worse @{step}" for step in steps)]
 
     def shares(name: str) -> list[str]:
-        counts = [comparison.beside_untuned(name, step) for step in steps]
-        return [f"{count}/{of}" if of else "" for count, of in counts]
+        return [f"{no_worse}/{of}" if of else "" for no_worse, of in (count(name, step) for step in steps)]
 
     there = {name for result in comparison.results for name in result.cells}
-    rows = [
-        [baseline.name, f"{baseline.default:g}", baseline.source, *shares(baseline.name)]
-        for baseline in BASELINES + UNTUNED
-        if baseline.default is not None and baseline.name in there
-    ]
-    return header, [*rows, ["the best of them on each task", "", "", *shares("")]]
+    rows = [[name, *cells, *shares(name)] for name, cells in rivals.items() if name in there]
+    last = ["the best of them on each task", *("" for _ in header[1:]), *shares("")]
+    return [*header, *(f"no worse @{step}" for step in steps)], [*rows, last]
 
 
 def gaps(comparison: Comparison) -> Table:
@@ -160,6 +173,7 @@ def preamble(comparison: Comparison) -> list[str]:
 SECTIONS = (
     ("Summary", summary),
     ("Nothing tuned", untuned),
+    ("The number of steps known", scheduled),
     ("Where most is lost", gaps),
     ("Losses", losses),
     ("Figures of merit", figures),

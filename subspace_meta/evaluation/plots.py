@@ -90,9 +90,12 @@ def plot_tasks(comparison: Comparison) -> bytes:
         steps = result.curves.steps
         axis.plot(steps, runs.mean(dim=0), color=COLOURS[-1], linewidth=2.0, label=comparison.name)
         axis.fill_between(steps, runs.amin(dim=0), runs.amax(dim=0), color=COLOURS[-1], alpha=0.15, linewidth=0)
-        envelope = torch.stack([cell.envelope for cell in result.cells.values()]).amin(dim=0)
+        envelope = torch.stack([cell.envelope for cell in result.tuned.values()]).amin(dim=0)
         axis.plot(steps, envelope, color="black", linewidth=1.0, label="best tuned baseline at each step")
         axis.plot(steps, result.cells[PEER].envelope, color=COLOURS[1], linewidth=1.0, label=f"tuned {PEER}")
+        told = [(step, min(found.values())) for step in result.compared if (found := result.scheduled(step))]
+        if told:
+            axis.plot(*zip(*told, strict=True), "k.", markersize=5, label="best tuned schedule that ends there")
         axis.set_title(result.task.row, fontsize=9)
         axis.set_xscale("symlog", linthresh=10)
         axis.grid(alpha=0.3)

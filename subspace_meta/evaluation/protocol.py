@@ -27,8 +27,11 @@ from subspace_meta.optimizers import (
     RSDM,
     RSGD,
     SPEL,
+    Averaging,
     CRMSProp,
+    IntrinsicMuon,
     Landing,
+    ManifoldMuon,
     RAdaGD,
     RAdam,
     RAdGD,
@@ -71,6 +74,8 @@ class Baseline:
         make: ``(geometry, learning rate) -> optimizer``; raises ``ValueError`` where the method is not defined.
         feasible: whether its iterates lie on the manifold. Those of another method are measured at the nearest point
             of it; the violation that is reported is that of the iterate itself.
+        schedule: ``(step, steps) -> factor`` of the learning rate, for steps 1 to ``steps``; ``None``: it stays. A
+            scheduled method is told how many steps it has: each checkpoint is the end of a run of its own.
         default: the learning rate that a user has who gives none; ``None`` where nobody has published one.
         source: of the default.
     """
@@ -78,6 +83,7 @@ class Baseline:
     name: str
     make: Callable[[Geometry, Tensor], Optimizer]
     feasible: bool = True
+    schedule: Callable[[int, int], float] | None = None
     default: float | None = None
     source: str = ""
 
@@ -88,6 +94,11 @@ class Baseline:
         except ValueError:
             return False
         return True
+
+
+def cosine(step: int, steps: int) -> float:
+    """Return the factor of a cosine schedule in step 1 to ``steps``: from 1 towards 0 (Loshchilov and Hutter, 2017)."""
+    return 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
 
 
 def half_of_the_rows(geometry: Geometry, lr: Tensor) -> Optimizer:
@@ -112,8 +123,23 @@ BASELINES = (
     Baseline("cRMSProp", lambda geometry, lr: CRMSProp(geometry, lr), default=1e-2, source="torch.optim.RMSprop"),
     Baseline("landing", lambda geometry, lr: Landing(geometry, lr), feasible=False),
     Baseline("POGO", lambda geometry, lr: POGO(geometry, lr), feasible=False),
+    Baseline("POGO, VectorAdam", lambda geometry, lr: POGO(geometry, lr, base="vector_adam"), feasible=False),
+    Baseline("POGO, Muon", lambda geometry, lr: POGO(geometry, lr, momentum=0.9, base="muon"), feasible=False),
     Baseline("RSDM", half_of_the_rows),
     Baseline("SPEL", lambda geometry, lr: SPEL(geometry, lr)),
+    Baseline("manifold Muon", lambda geometry, lr: ManifoldMuon(geometry, lr, momentum=0.9, iterations=10)),
+    Baseline("intrinsic Muon", lambda geometry, lr: IntrinsicMuon(geometry, lr, momentum=0.9)),
+    # Averages of the iterates of the strongest of each kind.
+    Baseline("RSGD-momentum averaged", lambda geometry, lr: Averaging(RSGD(geometry, lr, momentum=0.9))),
+    Baseline("RAdam averaged", lambda geometry, lr: Averaging(RAdam(geometry, lr))),
+    Baseline("RASA-LR averaged", lambda geometry, lr: Averaging(RASA(geometry, lr))),
+)
+# Told the number of steps: the peak rate is tuned for each number.
+SCHEDULED = (
+    Baseline("RSGD-momentum cosine", lambda geometry, lr: RSGD(geometry, lr, momentum=0.9), schedule=cosine),
+    Baseline("RAdam cosine", lambda geometry, lr: RAdam(geometry, lr), schedule=cosine),
+    Baseline("RASA-LR cosine", lambda geometry, lr: RASA(geometry, lr), schedule=cosine),
+    Baseline("SPEL cosine", lambda geometry, lr: SPEL(geometry, lr), schedule=cosine),
 )
 # Methods that need no tuning, as they were published: run at their default alone.
 UNTUNED = (
@@ -187,8 +213,11 @@ def evaluate_rates(
     seeds: int = 5,
     horizon: int = 200,
     feasible: bool = True,
+    schedule: Callable[[int, int], float] | None = None,
 ) -> Curves:
     """Run an optimizer with several learning rates and seeds side by side on one task.
+
+    What is measured are its iterates, or the averages that it hands out (:class:`~subspace_meta.optimizers.Averaging`).
 
     Args:
         task: the task.
@@ -197,6 +226,7 @@ def evaluate_rates(
         seeds: random starts and batch orders; the same for every optimizer.
         horizon: number of steps.
         feasible: whether the iterates are points of the manifolds; if not, the nearest points are measured.
+        schedule: of the learning rate; see :class:`Baseline`.
     """
     family, problem = task.family, task.family.problem
     geometry = problem.geometry
@@ -218,19 +248,22 @@ def evaluate_rates(
         grads, value = torch.func.grad_and_value(problem.loss)(params, batch)
         return make(geometry, lr).update(grads, state, params, value)
 
-    def nearest(params: Params) -> Params:
+    def handed_out(lr: Tensor, params: Params, state: Any) -> Params:
+        optimizer = make(geometry, lr)
+        if isinstance(optimizer, Averaging):
+            return optimizer.averaged(state)
         if feasible:
             return params
         points = zip(geometry.groups, geometry.gather(params), strict=True)
         return geometry.scatter([group.manifold.nearest(x) for group, x in points])
 
-    def objective(lr: Tensor, params: Any, one: Any) -> Tensor:
-        return problem.objective(nearest(params), one)
+    def objective(lr: Tensor, params: Any, state: Any, one: Any) -> Tensor:
+        return problem.objective(handed_out(lr, params, state), one)
 
     metric_function = problem.metric or problem.objective
 
-    def metric(lr: Tensor, params: Any, one: Any) -> Tensor:
-        return metric_function(nearest(params), one)
+    def metric(lr: Tensor, params: Any, state: Any, one: Any) -> Tensor:
+        return metric_function(handed_out(lr, params, state), one)
 
     lr = torch.tensor(rates)
     params = {name: value.expand(len(rates), *value.shape) for name, value in start.items()}
@@ -238,19 +271,20 @@ def evaluate_rates(
     state = per_run(first, (0, 0))(lr, params)
     steps, checkpoints = measured_steps(horizon), checkpoints_within(horizon)
     advance = per_run(step, (0, 0, 0, None))
-    measure, figure = (per_run(function, (0, 0, None)) for function in (objective, metric))
-    objectives, figures = [measure(lr, params, measured)], []
+    measure, figure = (per_run(function, (0, 0, 0, None)) for function in (objective, metric))
+    objectives, figures = [measure(lr, params, state, measured)], []
     chunk = 20
     batches: Any = {}
     for t in range(1, horizon + 1):
         if (t - 1) % chunk == 0:
             batches = family.sample(data, generator, chunk)
         batch = {name: value[(t - 1) % chunk] for name, value in batches.items()}
-        params, state = advance(lr, params, state, batch)
+        rate = lr if schedule is None else lr * schedule(t, horizon)
+        params, state = advance(rate, params, state, batch)
         if t in steps:
-            objectives.append(measure(lr, params, measured))
+            objectives.append(measure(lr, params, state, measured))
         if t in checkpoints:
-            figures.append(figure(lr, params, measured))
+            figures.append(figure(lr, params, state, measured))
     seconds = time.process_time() - began
     values = torch.stack(objectives, dim=-1)  # (rates, seeds, steps)
     reference = data["reference"][None, :, None]
@@ -273,11 +307,39 @@ def _gather(geometry: Geometry, params: Any) -> list[Tensor]:
     return list(torch.func.vmap(torch.func.vmap(geometry.gather))(params))
 
 
+def run_baseline(
+    task: EvaluationTask, baseline: Baseline, rates: Sequence[float], seeds: int = 5, horizon: int = 200
+) -> Curves:
+    """Run a baseline with several learning rates; one that is scheduled once for every checkpoint."""
+
+    def run(steps: int) -> Curves:
+        return evaluate_rates(task, baseline.make, rates, seeds, steps, baseline.feasible, baseline.schedule)
+
+    return run(horizon) if baseline.schedule is None else at_budgets(run, horizon)
+
+
+def at_budgets(run: Callable[[int], Curves], horizon: int) -> Curves:
+    """Return the ends of runs that are told how many steps they have, one run for every checkpoint.
+
+    The curves are measured at the start and at the checkpoints alone.
+    """
+    ends = [run(steps) for steps in checkpoints_within(horizon)]
+    log_excess = [ends[0].log_excess[..., :1], *(end.log_excess[..., -1:] for end in ends)]
+    return dataclasses.replace(
+        ends[-1],
+        steps=(0, *(end.steps[-1] for end in ends)),
+        log_excess=torch.cat(log_excess, dim=-1),
+        metric=torch.cat([end.metric[..., -1:] for end in ends], dim=-1),
+        violation=torch.stack([end.violation for end in ends]).amax(dim=0),
+        seconds=sum(end.seconds for end in ends),
+    )
+
+
 def tune(task: EvaluationTask, baseline: Baseline, seeds: int = 5, horizon: int = 200) -> Curves:
     """Run a baseline on the grid, extended while a best rate lies at its edge."""
 
     def run(rates: Sequence[float]) -> Curves:
-        return evaluate_rates(task, baseline.make, rates, seeds, horizon, baseline.feasible)
+        return run_baseline(task, baseline, rates, seeds, horizon)
 
     curves = run(GRID)
     for _ in range(MAX_EXTENSIONS):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from subspace_meta._tracing import has_values, known_true
+from subspace_meta._tracing import known_true, values_at_hand
 
 # The dimensions of a matrix, for what works along chosen ones.
 MATRIX = (-2, -1)
@@ -90,7 +90,11 @@ class Manifold(abc.ABC):
 
     @abc.abstractmethod
     def nearest(self, x: Tensor) -> Tensor:
-        """Return the nearest point (Frobenius norm) to an ambient ``x``. Used at set-up; its derivative is not."""
+        """Return the nearest point (Frobenius norm) to an ambient ``x``. Used at set-up; its derivative is not.
+
+        Raises:
+            ValueError: points cannot have that shape.
+        """
 
     @abc.abstractmethod
     def random_point(
@@ -100,7 +104,11 @@ class Manifold(abc.ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw a random point of shape ``(..., d, p)``; uniform where the manifold is compact."""
+        """Draw a random point of shape ``(..., d, p)``; uniform where the manifold is compact.
+
+        Raises:
+            ValueError: points cannot have that shape.
+        """
 
     @abc.abstractmethod
     def violation(self, x: Tensor) -> Tensor:
@@ -165,14 +173,6 @@ class Manifold(abc.ABC):
     def from_coordinates(self, x: Tensor, v: Tensor) -> Tensor:
         """Invert :meth:`coordinates`. The result need not be tangent: project it."""
         return v.to(x.dtype)
-
-
-def values_at_hand(*tensors: Tensor) -> bool:
-    """Return whether reading the tensors costs nothing: plain ones on a CPU, neither traced nor transformed.
-
-    Then a cheaper way to the *same* result may be chosen by looking; see :func:`subspace_meta._tracing.known_true`.
-    """
-    return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 # Far above every bound of a retraction, and below where squares of squares overflow in float32.
@@ -242,7 +242,7 @@ def without_rounding(gradient: Tensor, euclidean_gradient: Tensor) -> Tensor:
     threshold = (ROUNDING_UNITS * torch.finfo(gradient.dtype).eps) ** 2
     squared = euclidean_inner(rest, rest)
     # The usual way out. What follows gives the same, and is exact where squares overflow or vanish, too.
-    if known_true((squared > threshold * euclidean_inner(whole, whole)) & torch.isfinite(squared)):
+    if known_true(squared > threshold * euclidean_inner(whole, whole)):
         return gradient
     scale = 1.0 / power_of_two(whole)
     whole, rest = whole * scale, rest * scale

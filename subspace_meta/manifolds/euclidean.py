@@ -74,6 +74,7 @@ class Euclidean(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return ``x``."""
+        self.check_shape(x.shape)
         return x
 
     def random_point(
@@ -84,6 +85,7 @@ class Euclidean(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw independent standard normal entries."""
+        self.check_shape(shape)
         return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
     def violation(self, x: Tensor) -> Tensor:

@@ -91,7 +91,11 @@ class Grassmann(Manifold):
         With X^T Y = P cos(T) Q^T it is (I - XX^T) Y Q (T / sin T) P^T (Edelman, Arias, Smith 1998, theorem 2.3,
         rewritten). Not for differentiated paths: it uses an SVD.
         """
-        normal, left, angles = _principal_angles(x, y)
+        left, cosines, right = torch.linalg.svd(x.mT @ y)
+        rotated = y @ right.mT
+        normal = rotated - x @ (x.mT @ rotated)
+        # The arc cosine of a small angle is rounded, but T / sin T is 1 + T^2/6 there.
+        angles = cosines.clamp(max=1.0).acos()
         ratio = torch.where(angles > 0, angles / angles.sin().clamp(min=torch.finfo(x.dtype).tiny), 1.0)
         return (normal * ratio[..., None, :]) @ left.mT
 
@@ -106,6 +110,7 @@ class Grassmann(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor: an orthonormal basis of the same span."""
+        self.check_shape(x.shape)
         return nearest_orthonormal(x)
 
     def random_point(
@@ -116,6 +121,7 @@ class Grassmann(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw from the uniform distribution."""
+        self.check_shape(shape)
         return random_orthonormal(shape, generator, dtype, device)
 
     def violation(self, x: Tensor) -> Tensor:
@@ -129,14 +135,3 @@ def _angles(x: Tensor, y: Tensor) -> Tensor:
     cosines = torch.linalg.svdvals(x.mT @ y)
     sines = torch.linalg.svdvals(subtract_product(y - x, x, x.mT @ (y - x)))
     return torch.atan2(sines.flip(-1), cosines)
-
-
-def _principal_angles(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return N = (I - XX^T) Y Q, P and the p angles T, where X^T Y = P cos(T) Q^T and the columns of N have norm sin T.
-
-    Each angle comes from its sine and its cosine, so small ones and right ones are accurate alike.
-    """
-    left, cosines, right = torch.linalg.svd(x.mT @ y)
-    rotated = y @ right.mT
-    normal = rotated - x @ (x.mT @ rotated)
-    return normal, left, torch.atan2(torch.linalg.vector_norm(normal, dim=-2), cosines)

@@ -96,6 +96,7 @@ class Oblique(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the matrix with normalised columns; a zero column goes to the first basis vector."""
+        self.check_shape(x.shape)
         return nearest_unit(x, COLUMN)
 
     def random_point(
@@ -106,6 +107,7 @@ class Oblique(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw every column from the uniform distribution."""
+        self.check_shape(shape)
         return normalized(torch.randn(shape, generator=generator, dtype=dtype, device=device), COLUMN)
 
     def violation(self, x: Tensor) -> Tensor:

@@ -213,6 +213,7 @@ class Orthogonal(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""
+        self.check_shape(x.shape)
         return nearest_orthonormal(x)
 
     def random_point(
@@ -223,6 +224,7 @@ class Orthogonal(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw from the uniform distribution, both components included."""
+        self.check_shape(shape)
         return random_orthonormal(shape, generator, dtype, device)
 
     def violation(self, x: Tensor) -> Tensor:

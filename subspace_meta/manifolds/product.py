@@ -63,6 +63,11 @@ class Product(Manifold):
         """Whether every factor's transport is isometric."""
         return all(factor.isometric_transport for factor in self.factors)
 
+    @property
+    def has_distance(self) -> bool:
+        """Whether every factor has a distance."""
+        return all(factor.has_distance for factor in self.factors)
+
     def _shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Return the shapes of the blocks."""
         axis = len(shape) + self.axis
@@ -131,6 +136,7 @@ class Product(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Take the nearest point block by block."""
+        self.check_shape(x.shape)
         return self._join([factor.nearest(*block) for factor, block in self._split((x,))])
 
     def random_point(
@@ -141,6 +147,7 @@ class Product(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw block by block."""
+        self.check_shape(shape)
         shapes = zip(self.factors, self._shapes(shape), strict=True)
         return self._join([factor.random_point(block, generator, dtype, device) for factor, block in shapes])
 

@@ -95,6 +95,7 @@ class Rotations(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest rotation: the polar factor, its weakest direction turned over if the determinant asks."""
+        self.check_shape(x.shape)
         u, _, vh = torch.linalg.svd(x)
         nearest: Tensor = _flip_last_column(u, torch.linalg.det(u) * torch.linalg.det(vh)) @ vh
         return nearest
@@ -107,6 +108,7 @@ class Rotations(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw from the uniform distribution."""
+        self.check_shape(shape)
         x = random_orthonormal(shape, generator, dtype, device)
         return _flip_last_column(x, torch.linalg.det(x))
 

@@ -53,8 +53,11 @@ class SPDRetraction(abc.ABC):
 
 
 def cholesky(x: Tensor) -> Tensor:
-    """Return the lower Cholesky factor; where there is none the result is meaningless, but nothing raises."""
-    factor: Tensor = torch.linalg.cholesky_ex(x).L
+    """Return the lower Cholesky factor; where there is none the result is meaningless, but nothing raises.
+
+    That of the symmetric part: torch's own derivatives at a matrix that is not symmetric depend on the mode.
+    """
+    factor: Tensor = torch.linalg.cholesky_ex(symmetric_part(x)).L
     return factor
 
 
@@ -234,7 +237,7 @@ class _Pair:
     @staticmethod
     def of(x: Tensor, y: Tensor) -> _Pair:
         """Decompose. 3n^3 flops and a singular value decomposition."""
-        (factor, wrong), (end, also_wrong) = torch.linalg.cholesky_ex(x), torch.linalg.cholesky_ex(y)
+        (factor, wrong), (end, also_wrong) = (torch.linalg.cholesky_ex(symmetric_part(point)) for point in (x, y))
         k = torch.linalg.solve_triangular(factor, end, upper=False)
         constant = k.detach()
         # At equal points K is the identity, without the rounding errors that solving leaves. A matrix that is not
@@ -349,6 +352,7 @@ class SPD(Manifold):
         The set is open, so there is no nearest point; this is the nearest one that is safely inside. A matrix without a
         positive eigenvalue goes to that multiple of its largest absolute one (of 1, if it is 0) times the identity.
         """
+        self.check_shape(x.shape)
         values, vectors = torch.linalg.eigh(symmetric_part(x))
         share = 1e-6 if x.dtype == torch.float64 else 1e-4
         largest = values[..., -1:]
@@ -365,6 +369,7 @@ class SPD(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw a Wishart matrix of 2n degrees of freedom, divided by them: mean I, condition number about 34."""
+        self.check_shape(shape)
         n = shape[-1]
         root = torch.randn((*shape[:-1], 2 * n), generator=generator, dtype=dtype, device=device)
         return symmetric_part(root @ root.mT) / (2 * n)

@@ -261,6 +261,7 @@ class Sphere(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return X / |X|; zero goes to the first basis matrix."""
+        self.check_shape(x.shape)
         return nearest_unit(x, MATRIX)
 
     def random_point(
@@ -271,6 +272,7 @@ class Sphere(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw from the uniform distribution."""
+        self.check_shape(shape)
         return normalized(torch.randn(shape, generator=generator, dtype=dtype, device=device), MATRIX)
 
     def violation(self, x: Tensor) -> Tensor:

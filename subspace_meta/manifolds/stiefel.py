@@ -51,10 +51,15 @@ def stiefel_projection(x: Tensor, v: Tensor) -> Tensor:
 
 
 def nearest_orthonormal(x: Tensor) -> Tensor:
-    """Return the orthogonal polar factor of ``x`` by SVD: the nearest matrix with orthonormal columns."""
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    """Return the orthogonal polar factor of ``x`` by SVD: the nearest matrix with orthonormal columns.
+
+    Rows of zeros (an embedding's padding) stay exactly so where the others have rank p, as they do without rounding.
+    """
+    u, values, vh = torch.linalg.svd(x, full_matrices=False)
     nearest: Tensor = u @ vh
-    return nearest
+    full = values[..., -1:] > x.shape[-2] * torch.finfo(x.dtype).eps * values[..., :1]
+    zero = full & (x == 0).all(dim=-1)
+    return torch.where(zero[..., None], 0.0, nearest)
 
 
 def random_orthonormal(
@@ -118,6 +123,7 @@ class Stiefel(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""
+        self.check_shape(x.shape)
         return nearest_orthonormal(x)
 
     def random_point(
@@ -128,6 +134,7 @@ class Stiefel(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw from the uniform distribution."""
+        self.check_shape(shape)
         return random_orthonormal(shape, generator, dtype, device)
 
     def violation(self, x: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class StiefelCanonical(Manifold):
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return the orthogonal polar factor."""
+        self.check_shape(x.shape)
         return nearest_orthonormal(x)
 
     def random_point(
@@ -89,6 +90,7 @@ class StiefelCanonical(Manifold):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw from the uniform distribution."""
+        self.check_shape(shape)
         return random_orthonormal(shape, generator, dtype, device)
 
     def violation(self, x: Tensor) -> Tensor:

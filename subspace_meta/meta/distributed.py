@@ -7,6 +7,7 @@ equal bit for bit: the addends are exchanged, and each process adds them in the 
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,6 +50,11 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return Processes()
         if not distributed.is_initialized():
+            # Its functions have the default group of that moment as default argument. Imported later, as torch's
+            # compiler does, they would keep the group and gloo's threads for ever, and threads that are left at the
+            # end of the interpreter may abort it.
+            importlib.import_module("torch.distributed.nn")
+
             try:
                 # What is exchanged lies in main memory.
                 distributed.init_process_group("gloo", timeout=TIMEOUT)
@@ -58,7 +64,7 @@ class Processes:
 
     @staticmethod
     def leave() -> None:
-        """End what :meth:`join` began, if it did."""
+        """End what :meth:`join` began, if it did; no thread of it is left."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 

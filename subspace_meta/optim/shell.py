@@ -65,6 +65,11 @@ class _HandMade:
 
     def __call__(self, geometry: Geometry, like: Tensor, **given: Any) -> Optimizer:
         optimizer: Any = self.make(geometry, **self.settings)
+        if "lr" not in options(optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} has no option 'lr': the rate of a parameter group would change nothing "
+                "(for averages of iterates there is torch.optim.swa_utils.AveragedModel)"
+            )
         made: Optimizer = dataclasses.replace(optimizer, **changed(optimizer, {**options(optimizer), **given}))
         return made
 
@@ -313,7 +318,7 @@ class Riemannian(torch.optim.Optimizer):
                     cohorts.bring_to_manifolds(some, points, self._project, cohort.tolerance)
                     cohorts.keep_tangent(cohort, params)
                 work.append(_Work(cohort, params, cohort.scaled(grads, params)))
-        if any(getattr(one.cohort.optimizer, "guarded", False) for one in work):
+        if _guarded(work):
             if loss is None:
                 raise ValueError("guarded=True watches the loss: give it, step(closure) or step(loss=loss)")
             if torch.as_tensor(loss).numel() != 1:
@@ -339,8 +344,7 @@ class Riemannian(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _withheld(self, work: list[_Work], loss: Tensor | None) -> bool:
         """Return whether the guard does not take this step, so that the other parameters stay, too."""
-        guarded = any(getattr(one.cohort.optimizer, "guarded", False) for one in work)
-        return guarded and not bool(torch.isfinite(torch.as_tensor(loss)).all())
+        return _guarded(work) and not bool(torch.isfinite(torch.as_tensor(loss)).all())
 
     def _gradients_are_good(self) -> bool:
         gradients = {name: p.grad for *_, members in self._own() for name, p in members.items() if p.grad is not None}
@@ -539,6 +543,11 @@ class Riemannian(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._others is not None:
             self.param_groups[len(self._groups) :] = self._others.param_groups
+
+
+def _guarded(work: list[_Work]) -> bool:
+    """Return whether an optimizer of this step watches the loss."""
+    return any(getattr(one.cohort.optimizer, "guarded", False) for one in work)
 
 
 def _nothing_to_do(lr: Any, grads: Mapping[str, Tensor | None]) -> bool:

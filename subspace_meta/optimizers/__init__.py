@@ -1,6 +1,7 @@
 """Optimizers as pure functions: hand-made and learned, with one contract."""
 
 from subspace_meta.optimizers.adaptive import RAdaGD, RAdGD
+from subspace_meta.optimizers.averaging import Averaging
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.optimizers.intrinsic_muon import IntrinsicMuon
 from subspace_meta.optimizers.landing import Landing
@@ -22,6 +23,7 @@ __all__ = [
     "RSDM",
     "RSGD",
     "SPEL",
+    "Averaging",
     "CRMSProp",
     "IntrinsicMuon",
     "Landing",

@@ -124,11 +124,7 @@ class RAdaGD:
         long = state.size * smoothness >= 1.0
         size = torch.where(long, CAUTION / torch.where(long, smoothness, 1.0), GROWTH * state.size)
         size = torch.where(inner(self.geometry, points, gradients, gradients) == 0.0, state.size, size)
-        # Shortened as a whole, so that what the next step concludes is from the step that was taken.
-        wanted = [(self.lr * size).to(r.dtype) * r for r in gradients]
-        size = size * shortening(self.geometry, points, wanted).to(size.dtype)
-        taken = (self.lr * size).to(size.dtype)
-        moved = move(self.geometry, points, [-taken.to(r.dtype) * r for r in gradients], self.geodesic)
+        moved, size, taken = _step(self, points, gradients, size)
         carried = _carry(self.geometry, points, moved, gradients)
         return self.geometry.scatter(moved), RAdaGDState(state.step + 1, size, taken, value, carried)
 
@@ -189,14 +185,24 @@ class RAdGD:
         size = torch.where(known, torch.minimum(grown, limit), grown)
         energy = inner(self.geometry, points, gradients, gradients)
         size = torch.where(energy == 0.0, state.size, size)
-        # Shortened as a whole, so that what the next step concludes is from the step that was taken.
-        wanted = [(self.lr * size).to(r.dtype) * r for r in gradients]
-        size = size * shortening(self.geometry, points, wanted).to(size.dtype)
-        taken = (self.lr * size).to(size.dtype)
-        moved = move(self.geometry, points, [-taken.to(r.dtype) * r for r in gradients], self.geodesic)
+        moved, size, taken = _step(self, points, gradients, size)
         started = (state.step > 0) & (state.size > 0.0)
         ratio = torch.where(started, size / torch.where(started, state.size, 1.0), 0.0)
         carried = _carry(self.geometry, points, moved, gradients)
         # No length, rather than a tiny one, where the gradient was zero: the next step then learns nothing from this.
         length = taken * torch.where(energy > 0.0, torch.where(energy > 0.0, energy, 1.0).sqrt(), energy)
         return self.geometry.scatter(moved), RAdGDState(state.step + 1, size, ratio, length, carried)
+
+
+def _step(
+    method: RAdaGD | RAdGD, points: Sequence[Tensor], gradients: Sequence[Tensor], size: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Move against the gradients; return points, ``size`` and ``lr * size``.
+
+    A step that is too long is shortened as a whole, so that what the next one concludes is from the one that was taken.
+    """
+    wanted = [(method.lr * size).to(r.dtype) * r for r in gradients]
+    size = size * shortening(method.geometry, points, wanted).to(size.dtype)
+    taken = (method.lr * size).to(size.dtype)
+    moved = move(method.geometry, points, [-taken.to(r.dtype) * r for r in gradients], method.geodesic)
+    return moved, size, taken

@@ -113,11 +113,14 @@ def test_methods_are_tuned_where_they_are_defined_only():
         row: {b.name for b in BASELINES if b.defined_on(rows[row].family.problem.geometry)}
         for row in ("joint diagonalisation 32x8", "Rayleigh quotient 200", "orthogonal perceptron on digits")
     }
-    special = {"landing", "POGO", "RSDM", "SPEL"}
+    special = {"landing", "POGO", "POGO, Muon", "RSDM", "SPEL", "manifold Muon"}
     assert special <= defined["joint diagonalisation 32x8"]
     assert not special & defined["Rayleigh quotient 200"]
     assert not special & defined["orthogonal perceptron on digits"]
-    assert len(defined["joint diagonalisation 32x8"]) == len(BASELINES) == 14
+    assert "intrinsic Muon" in {
+        b.name for b in BASELINES if b.defined_on(rows["Wahba's problem SO(3)"].family.problem.geometry)
+    }
+    assert len(defined["joint diagonalisation 32x8"]) == len(BASELINES) == 21
 
 
 def test_infeasible_methods_are_measured_at_the_nearest_point():

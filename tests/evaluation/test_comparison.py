@@ -11,7 +11,7 @@ import torch
 import subspace_meta as sm
 from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import Comparison, compare, doubts
-from subspace_meta.evaluation.page import gaps, markdown, page, untuned
+from subspace_meta.evaluation.page import gaps, markdown, page, scheduled, untuned
 from subspace_meta.manifolds import Stiefel
 from subspace_meta.tasks import SyntheticPCA
 from subspace_meta.tasks.suite import SuiteTask
@@ -32,11 +32,11 @@ TASKS = tuple(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An archive with two tuned baselines and one that needs no tuning on both tasks, made by two processes."""
+    """An archive with tuned baselines, one of them scheduled, and one that needs no tuning, on both tasks."""
     folder = tmp_path_factory.mktemp("archive")
-    few = [baseline for baseline in archive.KEPT if baseline.name in ("RSGD", "RAdam", "RDoWG")]
+    few = [baseline for baseline in archive.KEPT if baseline.name in ("RSGD", "RAdam", "RDoWG", "RAdam cosine")]
     made = list(archive.regenerate(archive.missing(TASKS, few, folder), jobs=1, folder=folder))
-    assert len(made) == 6
+    assert len(made) == 8
     assert not archive.missing(TASKS, few, folder)
     return folder
 
@@ -78,6 +78,20 @@ def test_what_nothing_was_tuned_for_is_a_table_of_its_own(folder):
     assert "the best of them on each task" in markdown(found)
     with pytest.raises(ValueError, match=r"rate 0\.002 was not run"):
         found.results[0].cells["RAdam"].score_at(2e-3, 50)
+
+
+def test_who_knows_the_number_of_steps_is_a_table_of_its_own(folder):
+    found = Comparison("ours", tuple(results(lambda g: sm.RSGD(g, 0.0), folder)))
+    for result in found.results:
+        assert result.scheduled(50) == {"RAdam cosine": result.cells["RAdam cosine"].score(50)}
+        assert result.best(50)[0] in ("RSGD", "RAdam"), "the best tuned one is not told"
+        assert result.scheduled(50)["RAdam cosine"] < result.cells["RAdam"].score(50) + 0.3
+    assert found.beside_scheduled("RAdam cosine", 50) == found.beside_scheduled("", 50) == (0, 2)
+    assert found.beside_scheduled("SPEL cosine", 50) == (0, 0)
+    header, rows = scheduled(found)
+    assert header[:2] == ["told the steps, peak rate tuned", "no worse @20"]
+    assert rows == [["RAdam cosine", "0/2", "0/2"], ["the best of them on each task", "0/2", "0/2"]]
+    assert "The number of steps known" in markdown(found)
 
 
 def test_the_widest_gap_comes_first_in_rows_that_fit_a_console(folder):
@@ -179,11 +193,11 @@ def test_what_an_optimizer_raises_stops_one_task(folder):
 
 
 def test_doubts_about_the_archive_are_told(folder):
-    """The two tasks have three baselines of nineteen, and made by this code."""
+    """The two tasks have four baselines of thirty, and made by this code."""
     compared = tuple(results(lambda g: sm.RSGD(g, 1e-2), folder))
     found = doubts(compared)
     assert [text.split(":")[0] for text in found] == [task.row for task in TASKS]
-    assert all("16 of the baselines are missing" in text for text in found)
+    assert all("26 of the baselines are missing" in text for text in found)
     shown = Comparison("ours", compared, tuple(found))
     assert f"Note: {found[0]}." in markdown(shown)
     assert shown.to_json()["notes"] == found

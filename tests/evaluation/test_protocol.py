@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 import subspace_meta as sm
-from subspace_meta.evaluation.protocol import GRID, Baseline, Curves, EvaluationTask, measured_steps, run_untuned, tune
+from subspace_meta.evaluation.protocol import (
+    GRID,
+    Baseline,
+    Curves,
+    EvaluationTask,
+    cosine,
+    evaluate_rates,
+    measured_steps,
+    run_baseline,
+    run_untuned,
+    tune,
+)
 from subspace_meta.evaluation.report import LEARNED, Results
 from subspace_meta.tasks import Problem, TaskFamily
 
@@ -98,6 +109,37 @@ def test_the_verdict_is_against_the_best_baseline(learned: float, verdict: str) 
     assert rows[0] == ["row", "10", "-3.00 @1e-01", "-1.00 @1e-01", f"{learned:.2f}", verdict]
     assert ("**" in results.markdown()) == (verdict == "better")
     assert results.to_json()["problems"][0]["verdict"]["20"] == verdict
+
+
+def test_a_schedule_ends_at_each_checkpoint() -> None:
+    """x <- (1 - lr c(t, T)) x, so the product of the factors is what is measured at T, for every T."""
+    told = Baseline("cosine", lambda geometry, lr: sm.RSGD(geometry, lr), schedule=cosine)
+    curves = run_baseline(EvaluationTask("bowl", Bowl()), told, (0.1, 0.3), seeds=2, horizon=20)
+    assert curves.steps == (0, *curves.checkpoints) == (0, 5, 10, 20)
+    for index, rate in enumerate(curves.rates):
+        for steps in curves.checkpoints:
+            expected = sum(2 * math.log(1 - rate * cosine(t, steps)) for t in range(1, steps + 1))
+            assert curves.at(steps)[index].tolist() == pytest.approx([expected] * 2, rel=1e-4)
+    assert curves.metric.shape == (2, 2, 3)
+    best = tune(EvaluationTask("bowl", Bowl()), told, seeds=1, horizon=10)
+    products = [math.prod(abs(1 - rate * cosine(t, 10)) for t in range(1, 11)) for rate in best.rates]
+    assert best.best(10) == min(range(len(products)), key=products.__getitem__)
+
+
+def test_the_cosine_goes_from_one_towards_zero() -> None:
+    factors = [cosine(t, 50) for t in range(1, 51)]
+    assert factors[0] == 1.0
+    assert factors == sorted(factors, reverse=True)
+    assert 0.0 < factors[-1] < 2e-3
+    assert sum(factors) / 50 == pytest.approx(0.5, abs=0.011)
+
+
+def test_what_is_measured_is_the_average_where_one_is_handed_out() -> None:
+    """x_t = (1 - lr)^t from 1; the mean of the first T of them."""
+    task = EvaluationTask("bowl", Bowl())
+    curves = evaluate_rates(task, lambda g, lr: sm.Averaging(sm.RSGD(g, lr), power=0.0), (0.3,), seeds=1, horizon=10)
+    mean = sum(0.7**t for t in range(1, 11)) / 10
+    assert float(curves.at(10)) == pytest.approx(2 * math.log(mean), rel=1e-4)
 
 
 def test_measured_steps_hold_the_checkpoints_and_the_ends() -> None:

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from manifold_cases import seeded, spectral
+from manifold_cases import FEW, seeded, spectral
+from manifold_cases import label as label_of
 from mpmath import mp
 from mpmath_references import derivatives, reference_of, symmetric_function, to_mp
 
@@ -153,3 +154,25 @@ def test_derivatives_flow_through_spd_coordinates_and_transport_at_the_identity(
     ):
         hessian = torch.func.jacrev(torch.func.grad(loss))(identity)
         assert hessian.isfinite().all()
+
+
+@pytest.mark.parametrize("case", FEW, ids=label_of)
+def test_second_derivatives_do_not_depend_on_the_mode(case):
+    """Forward over reverse, which torch.func.hessian is, reverse over forward, and reverse over reverse."""
+    manifold, (_, *shape) = case
+    x, y = (manifold.random_point(tuple(shape), seeded(s), torch.float64) for s in (1, 2))
+    v, w = (0.3 * manifold.random_tangent(x, seeded(s)) for s in (3, 4))
+    functions = {
+        "inner": lambda x: manifold.inner(x, v, w),
+        "gradient": lambda x: (manifold.riemannian_gradient(x, w) * w).sum(),
+        "retract": lambda x: (manifold.retract(x, v) * w).sum(),
+        "coordinates": lambda x: (manifold.coordinates(x, v) * w).sum(),
+    }
+    if manifold.has_distance:
+        functions["apart"] = lambda x: manifold.squared_distance(x, y)
+        functions["equal"] = lambda z: manifold.squared_distance(z, x)
+    forward, reverse = torch.func.jacfwd, torch.func.jacrev
+    for name, function in functions.items():
+        expected = reverse(reverse(function))(x)
+        for found in (forward(reverse(function))(x), reverse(forward(function))(x)):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: name + text)

@@ -221,3 +221,15 @@ def test_transport_to_points_nearby_where_values_are_unknown(case, apart):
     mapped = torch.func.vmap(manifold.transport)(x, y, v)
     torch.testing.assert_close(mapped, manifold.transport(x, y, v), rtol=0, atol=1e-11)
     torch.testing.assert_close(mapped, v, rtol=0, atol=1e-11 + 20 * apart * float(u.norm()))
+
+
+@pytest.mark.parametrize("manifold", [Sphere(), Oblique()], ids=lambda m: m.name)
+def test_the_derivative_of_transport_to_the_same_point(manifold):
+    x = manifold.random_point((2, 6, 3), seeded(1), torch.float64)
+    v = manifold.random_tangent(x, seeded(2))
+
+    def carried(y):
+        return (torch.func.vmap(manifold.transport)(x, y, v) * v.roll(1)).sum()
+
+    assert torch.func.grad(carried)(x).isfinite().all()
+    assert torch.func.grad(carried)(manifold.retract(x, 0.1 * v)).isfinite().all()

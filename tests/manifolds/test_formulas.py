@@ -288,6 +288,8 @@ def test_product_distance_adds_squares():
     assert m.retraction_order == 2
     assert Product((Euclidean(), Euclidean()), (1, 1)).retraction_order == math.inf
     assert m.name == "Product(Sphere[3], SPD[2])"
+    assert m.has_distance
+    assert not Product((Sphere(), Stiefel()), (3, 2)).has_distance
 
 
 @pytest.mark.parametrize(
@@ -309,8 +311,20 @@ def test_product_distance_adds_squares():
     ],
 )
 def test_shapes_that_cannot_carry_the_manifold_are_refused(manifold, shape, message):
-    with pytest.raises(ValueError, match=message):
-        manifold.check_shape(shape)
+    for ask in (manifold.check_shape, manifold.random_point, lambda shape: manifold.nearest(torch.ones(shape))):
+        with pytest.raises(ValueError, match=message):
+            ask(shape)
+
+
+@pytest.mark.parametrize("manifold", [Stiefel(), StiefelCanonical(), Grassmann()])
+def test_rows_of_zeros_stay_where_the_others_have_full_rank(manifold):
+    x = torch.randn(2, 7, 3, generator=seeded(), dtype=torch.float64)
+    x[:, 2] = 0.0
+    x[1, 3:] = 0.0  # two rows have no rank of 3: a zero row has to become another
+    nearest = manifold.nearest(x)
+    assert torch.equal(nearest[0, 2], torch.zeros(3, dtype=torch.float64))
+    assert manifold.violation(nearest).max() < 1e-14
+    close(nearest[0], torch.linalg.svd(x[0], full_matrices=False)[0] @ torch.linalg.svd(x[0], full_matrices=False)[2])
 
 
 @pytest.mark.parametrize(

@@ -1093,7 +1093,7 @@ def test_optimizer_memory(shapes, hidden):
 
     assert count(paper.init(layout, points)) == (4 * hidden + 1) * coordinates
     # The count of steps is shared by all matrices.
-    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + 4 * len(shapes) + entries + 1
+    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + 7 * len(shapes) + entries + 1
     for adapter in (paper, base):
         weights = {name: value.double() for name, value in adapter.init_weights().items()}
         assert {name: tuple(value.shape) for name, value in weights.items()} == adapter.weight_shapes()
