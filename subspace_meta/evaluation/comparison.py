@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.archive import Cell, smoothed_minimum
 from subspace_meta.evaluation.protocol import (
@@ -21,13 +23,14 @@ from subspace_meta.evaluation.protocol import (
     UNTUNED,
     Curves,
     EvaluationTask,
+    at_budgets,
     run_untuned,
 )
 from subspace_meta.evaluation.report import environment
 from subspace_meta.evaluation.scores import bootstrap_interval, interquartile_mean, performance_profile, speed_up
 from subspace_meta.evaluation.timing import interleaved
 from subspace_meta.geometry import Geometry
-from subspace_meta.optimizers import RAdam
+from subspace_meta.optimizers import RAdam, SubspaceOptimizer
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.suite import SuiteTask
 
@@ -60,12 +63,14 @@ class TaskResult:
         curves: of the optimizer, one rate.
         cells: of the baselines that are defined there.
         seconds: CPU seconds of one step, gradient included, one thread: the optimizer's, and the peer's.
+        told: of the optimizer, told how many steps it has, one run for every checkpoint; ``None`` if it takes none.
     """
 
     task: SuiteTask
     curves: Curves
     cells: dict[str, Cell]
     seconds: tuple[float, float]
+    told: Curves | None = None
 
     @property
     def compared(self) -> tuple[int, ...]:
@@ -98,12 +103,17 @@ class TaskResult:
         """Return the mean log excess of every method that is told the number of steps, at its best peak rate."""
         return {b.name: self.cells[b.name].score(step) for b in SCHEDULED if b.name in self.cells}
 
-    def verdict(self, step: int, best: float | None = None) -> str:
+    def score_told(self, step: int) -> float:
+        """Return the optimizer's mean log excess where it was told that ``step`` is the last; as it is otherwise."""
+        return float((self.told or self.curves).at(step).mean())
+
+    def verdict(self, step: int, best: float | None = None, ours: float | None = None) -> str:
         """Return ``"better"``, ``"tie"`` (within 0.02, or both at the floor of float32) or ``"worse"``.
 
-        Beside the best tuned baseline, or the mean log excess ``best``.
+        Beside the best tuned baseline, or the mean log excess ``best``; ``ours`` is the optimizer's, told nothing.
         """
-        ours, best = self.score(step), self.best(step)[1] if best is None else best
+        ours = self.score(step) if ours is None else ours
+        best = self.best(step)[1] if best is None else best
         floor = math.log(FLOOR) + 0.5
         if abs(ours - best) <= TIE or (ours <= floor and best <= floor):
             return "tie"
@@ -144,6 +154,7 @@ class TaskResult:
             "checkpoints": list(self.curves.checkpoints),
             "compared": list(self.compared),
             "log_excess": [self.score(step) for step in self.compared],
+            "log_excess_told": [self.score_told(step) for step in self.compared] if self.told else None,
             "best": [
                 {"baseline": name, "rate": self.cells[name].rates[self.cells[name].best(step)], "log_excess": value}
                 for step in self.compared
@@ -185,17 +196,27 @@ class Comparison:
 
         Named ``""`` it is the best of them on each task.
         """
-        return self._beside(name, step, TaskResult.untuned)
+        return self._beside(name, step, TaskResult.untuned, TaskResult.score)
 
     def beside_scheduled(self, name: str, step: int) -> tuple[int, int]:
-        """Return the same beside a method with a schedule that ends at that step, at its best peak rate."""
-        return self._beside(name, step, TaskResult.scheduled)
+        """Return the same beside a method with a schedule that ends at that step, at its best peak rate.
 
-    def _beside(self, name: str, step: int, rivals: Callable[[TaskResult, int], dict[str, float]]) -> tuple[int, int]:
+        The optimizer is told the number of steps as well, if it takes it.
+        """
+        return self._beside(name, step, TaskResult.scheduled, TaskResult.score_told)
+
+    def _beside(
+        self,
+        name: str,
+        step: int,
+        rivals: Callable[[TaskResult, int], dict[str, float]],
+        ours: Callable[[TaskResult, int], float],
+    ) -> tuple[int, int]:
         verdicts = []
         for result in self.results:
             if step in result.compared and (found := rivals(result, step)) and (not name or name in found):
-                verdicts.append(result.verdict(step, found[name] if name else min(found.values())))
+                best = found[name] if name else min(found.values())
+                verdicts.append(result.verdict(step, best, ours(result, step)))
         return sum(verdict != "worse" for verdict in verdicts), len(verdicts)
 
     def speed(
@@ -303,11 +324,25 @@ def compare(
                 yield task, f"{PEER} is not tuned on it in {folder}; subspace-meta archive does that"
                 continue
             curves = run_untuned(EvaluationTask(task.row, task.family), make, archive.SEEDS, task.horizon)
+            told = _told(task, make)
             ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)))
         except Exception as error:  # a user's code may raise anything
             yield task, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         else:
-            yield task, TaskResult(task, curves, cells, (ours, peers))
+            yield task, TaskResult(task, curves, cells, (ours, peers), told)
+
+
+def _told(task: SuiteTask, make: Factory) -> Curves | None:
+    """Run an optimizer that takes the number of steps once for every checkpoint, the end of which it knows."""
+    optimizer = make(task.family.problem.geometry)
+    if not isinstance(optimizer, SubspaceOptimizer) or not isinstance(optimizer.adapter, BaseAdapter):
+        return None
+
+    def run(steps: int) -> Curves:
+        told = dataclasses.replace(optimizer, steps=steps)
+        return run_untuned(EvaluationTask(task.row, task.family), lambda _: told, archive.SEEDS, steps)
+
+    return at_budgets(run, task.horizon)
 
 
 def doubts(results: Sequence[TaskResult]) -> list[str]:

@@ -12,7 +12,9 @@ import subspace_meta as sm
 from subspace_meta.evaluation import archive, predecessor
 from subspace_meta.evaluation.comparison import Comparison, compare, doubts
 from subspace_meta.evaluation.page import gaps, markdown, page, scheduled, untuned
+from subspace_meta.evaluation.protocol import EvaluationTask, run_untuned
 from subspace_meta.manifolds import Stiefel
+from subspace_meta.optimizers.subspace import PRESETS
 from subspace_meta.tasks import SyntheticPCA
 from subspace_meta.tasks.suite import SuiteTask
 
@@ -92,6 +94,25 @@ def test_who_knows_the_number_of_steps_is_a_table_of_its_own(folder):
     assert header[:2] == ["told the steps, peak rate tuned", "no worse @20"]
     assert rows == [["RAdam cosine", "0/2", "0/2"], ["the best of them on each task", "0/2", "0/2"]]
     assert "The number of steps known" in markdown(found)
+
+
+def test_who_takes_the_number_of_steps_is_told_it(folder):
+    found = Comparison("ours", tuple(results(lambda g: sm.SubspaceOptimizer(g, sm.pretrained()), folder)))
+    for result in found.results:
+        alone = run_untuned(
+            EvaluationTask(result.task.row, result.task.family),
+            lambda g: sm.SubspaceOptimizer(g, sm.pretrained(), steps=20),
+            archive.SEEDS,
+            20,
+        )
+        assert result.told.steps == (0, 5, 10, 20, 50, 60)
+        assert result.score_told(20) == pytest.approx(float(alone.at(20).mean()), abs=1e-6)
+    described = found.to_json()["tasks"][0]
+    assert described["log_excess_told"] == [found.results[0].score_told(step) for step in (20, 50)]
+    paper = PRESETS["paper"].init_weights(torch.Generator().manual_seed(0))
+    (first, _) = results(lambda g: sm.SubspaceOptimizer(g, paper, "paper"), folder)
+    assert first.told is None
+    assert first.score_told(20) == first.score(20)
 
 
 def test_the_widest_gap_comes_first_in_rows_that_fit_a_console(folder):
