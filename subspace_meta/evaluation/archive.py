@@ -150,7 +150,9 @@ def cell_of(curves: Curves, code: str) -> Cell:
 # --- Which code made it ---
 
 
-class _WithoutDocstrings(ast.NodeTransformer):
+class _WithoutRemarks(ast.NodeTransformer):
+    """Drops docstrings, and on which device tensors are made: the archive is made on one, the CPU."""
+
     def visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         body = getattr(node, "body", None)
@@ -158,13 +160,15 @@ class _WithoutDocstrings(ast.NodeTransformer):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 del body[0]
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "device"]
         return node
 
 
 @functools.cache
 def _meaning(source: str) -> str:
-    """Return what decides the numbers: the syntax tree without comments, docstrings and layout."""
-    return ast.dump(_WithoutDocstrings().visit(ast.parse(textwrap.dedent(source))))
+    """Return what decides the numbers: the syntax tree without comments, docstrings, devices and layout."""
+    return ast.dump(_WithoutRemarks().visit(ast.parse(textwrap.dedent(source))))
 
 
 @functools.cache

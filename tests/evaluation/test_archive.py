@@ -105,6 +105,9 @@ def test_the_hash_looks_at_meaning_only():
     commented = 'def f(x):\n    """Say."""\n    # why\n    return (x\n            + 1)\n'
     assert archive._meaning(plain) == archive._meaning(commented)
     assert archive._meaning(plain) != archive._meaning(plain.replace("1", "2"))
+    made = "x = torch.zeros(2)\n"
+    assert archive._meaning(made) == archive._meaning("x = torch.zeros(2, device=like.device)\n")
+    assert archive._meaning(made) != archive._meaning("x = torch.zeros(2, dtype=like.dtype)\n")
 
 
 def test_methods_are_tuned_where_they_are_defined_only():
