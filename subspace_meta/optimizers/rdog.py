@@ -58,7 +58,7 @@ class RDoG:
         lr: a factor of the step, for schedules; a float or a scalar tensor. 1 is the published method.
         variant: ``"RDoG"``, ``"RDoWG"`` (weighted by the distance: longer steps) or ``"NRDoG"`` (normalised gradients,
             steps as 1/sqrt(t)).
-        initial: epsilon, the distance that is taken for granted before the first step.
+        initial: epsilon, the distance that is taken for granted before the first step; a float or a scalar tensor.
         eps: added to the denominators; relative to the gradient's scale (in RDoWG ``initial`` times that) it should be
             negligible.
         curvature: k; ``None``: the least bound of the manifolds, and 0 for those that are not of this library. 0
@@ -72,7 +72,7 @@ class RDoG:
     geometry: Geometry
     lr: float | Tensor = 1.0
     variant: Variant = "RDoG"
-    initial: float = 1e-6
+    initial: float | Tensor = 1e-6
     eps: float = 1e-8
     curvature: float | None = None
     geodesic: bool = True
@@ -81,7 +81,7 @@ class RDoG:
         check_rate(self.lr)
         if self.variant not in get_args(Variant):
             raise ValueError(f"variant must be 'RDoG', 'RDoWG' or 'NRDoG', got {self.variant!r}")
-        if not 0.0 < self.initial < math.inf:
+        if not isinstance(self.initial, Tensor) and not 0.0 < self.initial < math.inf:
             raise ValueError(f"initial must be positive and finite, got {self.initial}")
         for parameter in self.geometry.parameters:
             if not has_distance(parameter.manifold):
