@@ -250,7 +250,16 @@ def test_measured_memory_holds_the_state() -> None:
 
 def test_version_and_help(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout.strip() == sm.__version__
-    for command in ((), ("train",), ("evaluate",), ("archive",), ("weights",), ("memory",), ("bench", "step")):
+    for command in (
+        (),
+        ("train",),
+        ("evaluate",),
+        ("archive",),
+        ("weights",),
+        ("memory",),
+        ("bench", "step"),
+        ("doctor",),
+    ):
         done = run(*command, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert "Usage" in done.stdout
