@@ -96,9 +96,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the links of a page of ``docs/``; those from elsewhere have been rewritten."""
+    """Rewrite the links of a page of ``docs/``, and give formulas with a line of their own air."""
     path = page.file.src_uri
-    return markdown if path in elsewhere().values() else rewritten(markdown, f"docs/{path}", path)
+    if path not in elsewhere().values():
+        markdown = rewritten(markdown, f"docs/{path}", path)
+    return re.sub(r"^\$\$.*\$\$$", r"\n\g<0>\n", markdown, flags=re.MULTILINE)
 
 
 def on_page_content(content: str, **_: Any) -> str:
