@@ -24,7 +24,7 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 
 # Pages whose blocks have a test of their own, which knows what they mean.
-ELSEWHERE = {"meta_gradients.md", "optimizers.md", "rules.md", "torch_optim.md"}
+ELSEWHERE = {"meta_gradients.md", "optimizers.md", "torch_optim.md"}
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text("utf-8")]
 
 
@@ -74,9 +74,10 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
 
 
 def test_pages_with_a_test_of_their_own() -> None:
-    tests = "".join((ROOT / "tests" / name).read_text("utf-8") for name in ("test_examples.py", "test_rules.py"))
+    tests = (ROOT / "tests" / "test_examples.py").read_text("utf-8")
     for page in ELSEWHERE:
         assert f'"{page}"' in tests, page
+        assert (DOCS / page).read_text("utf-8").count("```python") == 1, f"a second block of {page} is run by no test"
 
 
 def test_a_wrong_output_is_seen() -> None:

@@ -82,7 +82,7 @@ def as_page(source: str) -> str:
     if source.endswith(".md"):
         return text
     title = posixpath.basename(source)
-    return f"# {title}\n\n`python {source}`, in a checkout of the repository.\n\n```python\n{text}```\n"
+    return f"# {title}\n\n`{source}` in the repository.\n\n```python\n{text}```\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
