@@ -250,16 +250,7 @@ def test_measured_memory_holds_the_state() -> None:
 
 def test_version_and_help(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout.strip() == sm.__version__
-    for command in (
-        (),
-        ("train",),
-        ("evaluate",),
-        ("archive",),
-        ("weights",),
-        ("memory",),
-        ("bench", "step"),
-        ("doctor",),
-    ):
+    for command in ((), ("train",), ("evaluate",), ("archive",), ("weights",), ("memory",), ("bench", "step")):
         done = run(*command, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert "Usage" in done.stdout
