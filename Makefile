@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-rounding test-processors test-gpu check proofs clean
+.PHONY: demo test test-slow test-rounding test-processors test-gpu check docs proofs clean
 
 demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
 	$(RUN) -m subspace_meta.cli train --preset quick
@@ -46,6 +46,14 @@ check: $(INSTALLED)  ## linter, formatter, type checker
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+docs: $(VENV)/.docs  ## the documentation site, into site/; any warning is an error, every link is checked
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	$(RUN) docs/make/check.py site
+
+$(VENV)/.docs: $(INSTALLED)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $(VENV)/.docs
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
@@ -56,4 +64,4 @@ proofs:  ## check the proofs with Coq; says which Debian packages it needs
 	$(MAKE) -C proofs check
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .hypothesis .mypy_cache .ruff_cache

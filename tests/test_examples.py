@@ -52,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 
 
 PAGES = sorted(
-    (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("proofs/*.md"), *ROOT.glob("subspace_meta/*/*.md"))
+    (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("proofs/*.md"), *ROOT.glob("subspace_meta/*/*.md"))
 )
 
 

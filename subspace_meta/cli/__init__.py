@@ -1,4 +1,4 @@
-"""The command line: ``subspace-meta train | evaluate | archive | weights | memory | bench``, a file a command.
+"""The command line: ``subspace-meta train | evaluate | archive | weights | memory | bench | doctor``, a file a command.
 
 Errors of the user are one line on stderr and exit code 2. Files are written atomically, so an error or Ctrl-C leaves
 nothing half-written.
@@ -18,7 +18,7 @@ except ImportError as error:  # the library itself does not need them
 
 from subspace_meta._version import __version__
 from subspace_meta.checkpoint import CheckpointError
-from subspace_meta.cli import archive, bench, evaluate, show, train
+from subspace_meta.cli import archive, bench, doctor, evaluate, show, train
 from subspace_meta.cli.common import UsageError
 from subspace_meta.meta.distributed import ProcessError, Processes
 from subspace_meta.meta.trainer import TrainingError
@@ -34,6 +34,7 @@ app.command("evaluate")(evaluate.evaluate_command)
 app.command("archive")(archive.archive_command)
 app.command("memory")(show.memory_command)
 app.command("weights")(show.weights_command)
+app.command("doctor")(doctor.doctor_command)
 measuring = typer.Typer(rich_markup_mode=None, help="Measure this machine, side by side with other libraries.")
 app.add_typer(measuring, name="bench")
 measuring.command("geometry")(bench.bench_geometry_command)

@@ -6,10 +6,14 @@ import fnmatch
 import importlib
 import math
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -60,6 +64,17 @@ def imported(path: str, what: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"--{what} {path}: {error}") from error
+
+
+def why_no_compiling() -> str:
+    """Return why inner loops cannot be compiled here, and what would help; empty if nothing speaks against it."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "no C++ compiler found (set CXX, or install g++ or clang++)"
+    if any(character.isspace() for character in torch.__file__):
+        return "torch.compile cannot link below a path with a space, and torch lies there"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h found (install the development files of this Python; Debian: python3-dev)"
+    return ""
 
 
 def _own_tasks(path: str) -> list[SuiteTask]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +19,7 @@ from rich.table import Table
 from subspace_meta import live
 from subspace_meta.adapter import features
 from subspace_meta.checkpoint import CheckpointError, OtherRunError, save_weights, write_atomically
-from subspace_meta.cli.common import UsageError, console, print_table
+from subspace_meta.cli.common import UsageError, console, print_table, why_no_compiling
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
@@ -93,7 +91,7 @@ def train_command(
         raise UsageError(f"unknown optimizer preset {config['preset']!r}; there are: {', '.join(PRESETS)}")
     preset, optimizer, eager = config["run_preset"], config["preset"], config["eager"]
     chosen = _run_preset(preset)
-    if not eager and (why := _no_compiler()):
+    if not eager and (why := why_no_compiling()):
         console.print(f"{why}: the inner loops run eagerly, about three times slower")
         eager = True
     settings = dataclasses.replace(
@@ -162,15 +160,6 @@ def _run_preset(name: str) -> RunPreset:
     if name not in RUN_PRESETS:
         raise UsageError(f"unknown preset {name!r}; there are: {', '.join(RUN_PRESETS)}")
     return RUN_PRESETS[name]()
-
-
-def _no_compiler() -> str:
-    """Return why inner loops cannot be compiled here; empty if they can."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return "no C++ compiler found"
-    if any(character.isspace() for character in torch.__file__):
-        return "torch.compile cannot link below a path with a space, and torch lies there"
-    return ""
 
 
 def _holds_something(folder: Path) -> bool:
