@@ -39,6 +39,7 @@ Factory = Callable[[Geometry], Optimizer]
 PEER = "RAdam"  # what speed-ups are over
 COMPARED = (20, 50, 100, 200, 400)  # steps at which losses are compared
 TIMED = (20, 50, 100, 200)  # steps at which the speed-up is taken: before the peer's run ends
+MOST_DOUBTS = 3  # tasks that are named one by one
 LONG = (1000, 2000, 4000)  # further steps of both, where the run is that long
 QUICK = (
     "PCA of digits 64x8",
@@ -346,9 +347,9 @@ def _told(task: SuiteTask, make: Factory) -> Curves | None:
 
 
 def doubts(results: Sequence[TaskResult]) -> list[str]:
-    """Return a sentence for each task whose baselines are not all there, or were made by other code."""
-    return [
-        f"{r.task.row}: {count} of the baselines are missing or were made by other code (archive --dry-run lists them)"
-        for r in results
-        if (count := len(archive.lacking(r.task, r.cells)))
-    ]
+    """Return a sentence for each task whose baselines are not all there, or were made by other code; for many, one."""
+    lacking = {r.task.row: count for r in results if (count := len(archive.lacking(r.task, r.cells)))}
+    how = "are missing or were made by other code (archive --dry-run lists them)"
+    if len(lacking) > MOST_DOUBTS:
+        return [f"on {len(lacking)} tasks up to {max(lacking.values())} of the baselines {how}"]
+    return [f"{row}: {count} of the baselines {how}" for row, count in lacking.items()]

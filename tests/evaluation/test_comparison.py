@@ -219,6 +219,11 @@ def test_doubts_about_the_archive_are_told(folder):
     found = doubts(compared)
     assert [text.split(":")[0] for text in found] == [task.row for task in TASKS]
     assert all("26 of the baselines are missing" in text for text in found)
+    others = [dataclasses.replace(compared[0], task=dataclasses.replace(TASKS[0], row=f"task {i}")) for i in range(4)]
+    (one,) = doubts(others)
+    assert one.startswith("on 4 tasks up to 30 of the baselines are missing"), (
+        "another task, so all its cells are stale"
+    )
     shown = Comparison("ours", compared, tuple(found))
     assert f"Note: {found[0]}." in markdown(shown)
     assert shown.to_json()["notes"] == found
