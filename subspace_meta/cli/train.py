@@ -192,7 +192,8 @@ def _usual_device(config: dict[str, Any], resume: bool) -> str:
     """Return the device of a run that names none; a stopped run that had one goes on without where there is none."""
     usual = "cuda" if config["run_preset"] == "release" else "cpu"
     wanted: str = config.get("device", "cpu") if resume else usual
-    return wanted if torch.cuda.is_available() else "cpu"
+    enough = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()  # one a process
+    return wanted if torch.cuda.is_available() and enough else "cpu"
 
 
 def _in_words(device: torch.device) -> str:

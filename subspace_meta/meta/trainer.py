@@ -413,7 +413,6 @@ class Trainer:
         content = {
             "settings": self.describe(),
             "processes": self.processes.count,
-            "device": self.device.type,
             "outer_step": self.outer_step,
             "updates": self.updates,
             "skipped": self.skipped,
@@ -428,9 +427,9 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of a run with the same settings, exactly on a device of the kind that wrote it.
 
-        On another kind of device the weights, their moments and the running inner loops are the same, but rounding is
-        not; and on one that has a generator of its own, mini-batches are drawn from a new one, seeded by the run's seed
-        and the outer step.
+        On another kind weights, moments, running inner loops and the generator of tasks are the same; rounding and
+        mini-batches are not. A device's own generator, of which a checkpoint of the CPU knows nothing, is then seeded
+        by the run's seed and the outer step.
 
         Raises:
             CheckpointError: the file cannot be used.
@@ -463,7 +462,7 @@ class Trainer:
         self.generator.set_state(tensors["generator"])
         if self.sampler is not self.generator:
             self.sampler = self._sampler_from(self.outer_step)
-            if content.get("device") == self.device.type:
+            if "sampler" in tensors:  # not in a checkpoint of the CPU
                 self.sampler.set_state(tensors["sampler"])
 
     def describe(self) -> dict[str, Any]:

@@ -184,7 +184,10 @@ class PlantedKarcherMeans(TaskFamily):
         return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
     def _draw_one(self, generator: torch.Generator) -> Data:
-        n, draw = self.n, functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        n, draw = (
+            self.n,
+            functools.partial(torch.randn, generator=generator, dtype=torch.float64, device=generator.device),
+        )
         distance = math.exp(float(_uniform(math.log(0.5), math.log(16.0), (), generator)))
         spread = math.exp(float(_uniform(math.log(0.1), math.log(1.5), (), generator)))
 
