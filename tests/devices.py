@@ -1,8 +1,8 @@
 """Two ways to see, without a GPU, a tensor that is made on the wrong device.
 
 ``NamedDevices`` raises where the library makes a tensor without saying where. ``META`` is a device beside the CPU whose
-tensors have no values: torch raises where one meets a tensor of the CPU that is not a single number, as it does on
-CUDA. Functions that look at values cannot run there.
+tensors have no values; ``OneDevice`` raises where one meets a tensor of the CPU that is not a single number, as CUDA
+does (and also at indices, which CUDA would wait for). Functions that look at values cannot run there.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subspace_meta
 
@@ -38,6 +41,20 @@ class NamedDevices(TorchFunctionMode):
             if code.co_filename.startswith(ROOMS):
                 raise UnnamedDeviceError(f"{code.co_filename}:{line}: {function.__name__} names no device")
         return function(*args, **kwargs)
+
+
+class MixedDevicesError(AssertionError):
+    """An operation met tensors of several devices."""
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises where an operation meets tensors of several devices."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len(devices := {str(tensor.device) for tensor in tensors if tensor.dim()}) > 1:
+            raise MixedDevicesError(f"{function} met tensors of {', '.join(sorted(devices))}")
+        return function(*args, **(kwargs or {}))
 
 
 class MetaGenerator(torch.Generator):

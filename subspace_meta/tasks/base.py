@@ -38,7 +38,11 @@ class Problem:
 
 
 class TaskFamily(abc.ABC):
-    """Many tasks of one problem. Subclasses are frozen dataclasses; randomness comes from the given generator."""
+    """Many tasks of one problem. Subclasses are frozen dataclasses; randomness comes from the given generator.
+
+    What is drawn lies on the generator's device, as ``data`` does that is given. Data sets are loaded by functions on the
+    CPU, in fields whose names begin with ``load``: on a device ``subspace_meta.tasks.placement`` replaces them.
+    """
 
     name: str
     problem: Problem
