@@ -40,8 +40,8 @@ class Problem:
 class TaskFamily(abc.ABC):
     """Many tasks of one problem. Subclasses are frozen dataclasses; randomness comes from the given generator.
 
-    What is drawn lies on the generator's device, as ``data`` does that is given. Data sets are loaded by functions on the
-    CPU, in fields whose names begin with ``load``: on a device ``subspace_meta.tasks.placement`` replaces them.
+    What is drawn lies on the generator's device, and so does ``data`` where it is given. Functions that load data sets,
+    on the CPU, are fields whose names begin with ``load``: ``subspace_meta.tasks.placement`` replaces them on a device.
     """
 
     name: str
