@@ -38,8 +38,8 @@ test-processors: $(INSTALLED)  ## the whole suite, slow tests too, under other i
 			--dist worksteal -m "not gpu" -p no:cacheprovider | tail -n 1)"; \
 	done
 
-test-gpu: $(INSTALLED)  ## the kernels on this machine's GPU: correctness, bandwidth, time beside Adam
-	$(RUN) -m pytest -q -s -m gpu tests/kernels
+test-gpu: $(INSTALLED)  ## this machine's GPU: the kernels' correctness, bandwidth, time beside Adam; meta-training
+	$(RUN) -m pytest -q -s -m gpu tests/kernels tests/meta/test_devices.py
 
 check: $(INSTALLED)  ## linter, formatter, type checker
 	$(RUN) -m ruff check .

@@ -52,7 +52,7 @@ from subspace_kernels import (
 from torch import Tensor
 
 from subspace_meta.adapter.features import FLOOR, TINY, budget, clock, cosine, log_ratio, unbounded_log_ratio
-from subspace_meta.adapter.network import Weights, init_lstm, lstm_shapes
+from subspace_meta.adapter.network import Weights, device_of, init_lstm, lstm_shapes
 from subspace_meta.adapter.spectral import spectral_direction
 
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and old M
@@ -139,7 +139,8 @@ class BaseAdapter:
         The heads are zero, so the network is silent at first; ``scale.skip`` gives the RASA exponents. The rate rises
         while gradients agree with the momentum, and falls while they oppose it.
         """
-        weights = {name: torch.zeros(shape) for name, shape in self.weight_shapes().items()}
+        device = device_of(generator)
+        weights = {name: torch.zeros(shape, device=device) for name, shape in self.weight_shapes().items()}
         weights.update(init_lstm("lstm", FEATURES, self.hidden, generator))
         weights["scale.skip"][:, 2] = -0.5  # half of a log energy: diag(L)^(-1/4) R diag(C)^(-1/4)
         weights["length.gauge"][0] = 0.95  # shorten the step as the gradient shrinks

@@ -15,6 +15,11 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
+def device_of(generator: torch.Generator | None) -> torch.device | None:
+    """Return the device of what a generator draws; without one ``None``, which is torch's default device."""
+    return None if generator is None else generator.device
+
+
 def lstm_cell(
     weights: Mapping[str, Tensor], name: str, x: Tensor, hidden: Tensor, cell: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -43,12 +48,12 @@ def lstm_shapes(name: str, features: int, hidden: int) -> dict[str, tuple[int, .
 
 def init_lstm(name: str, features: int, hidden: int, generator: torch.Generator | None) -> Weights:
     """Draw the weights of one layer: uniform in +-1/sqrt(H); the forget gate starts open (bias 1)."""
-    bound = 1.0 / math.sqrt(hidden)
+    bound, device = 1.0 / math.sqrt(hidden), device_of(generator)
 
     def uniform(*shape: int) -> Tensor:
-        return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
+        return (2.0 * torch.rand(shape, generator=generator, device=device) - 1.0) * bound
 
-    bias = torch.zeros(4 * hidden, 1)
+    bias = torch.zeros(4 * hidden, 1, device=device)
     bias[hidden : 2 * hidden] = 1.0
     return {
         f"{name}.weight": torch.cat([uniform(4 * hidden, features), uniform(4 * hidden, hidden)], dim=1),

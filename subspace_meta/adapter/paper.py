@@ -21,7 +21,7 @@ from subspace_kernels.reference import matrix_mean
 from torch import Tensor
 
 from subspace_meta.adapter.features import TINY
-from subspace_meta.adapter.network import Weights, init_lstm, linear, lstm_cell, lstm_shapes
+from subspace_meta.adapter.network import Weights, device_of, init_lstm, linear, lstm_cell, lstm_shapes
 
 
 class PaperState(NamedTuple):
@@ -64,11 +64,12 @@ class PaperAdapter:
 
     def init_weights(self, generator: torch.Generator | None = None) -> Weights:
         """Draw meta-parameters that start close to gradient descent with the fixed step."""
-        weights = {name: torch.zeros(shape) for name, shape in self.weight_shapes().items()}
+        device = device_of(generator)
+        weights = {name: torch.zeros(shape, device=device) for name, shape in self.weight_shapes().items()}
         weights.update(init_lstm("lstm0", 1, self.hidden, generator))
         weights.update(init_lstm("lstm1", self.hidden, self.hidden, generator))
         for side in ("row_head.weight", "column_head.weight"):
-            weights[side] = 0.1 * torch.randn(1, self.hidden, generator=generator)
+            weights[side] = 0.1 * torch.randn(1, self.hidden, generator=generator, device=device)
         return weights
 
     def init(self, layout: Layout, points: Sequence[Tensor]) -> PaperState:

@@ -32,6 +32,27 @@ class UsageError(Exception):
     """The user asked for something that cannot be; the message says what would be right."""
 
 
+def device_named(name: str) -> torch.device:
+    """Return the device that ``--device`` names: cpu, cuda, or cuda:1.
+
+    In a job of ``torchrun``, cuda is the one that has the process's number on its machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device is cpu, cuda, or cuda:1 for the second of several, got {name!r}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        there = f"there are {count}, counted from 0" if count else "torch sees none, --device cpu goes without"
+        raise UsageError(f"no CUDA device {index if count else 'here'}; {there}")
+    return torch.device("cuda", index)
+
+
 def print_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str], width: int | None = None
 ) -> None:

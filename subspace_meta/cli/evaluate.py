@@ -11,11 +11,21 @@ import typer
 
 from subspace_meta import live
 from subspace_meta.checkpoint import load_weights, write_atomically
-from subspace_meta.cli.common import WIDE, UsageError, chosen_tasks, console, finite_or_null, imported, print_table
+from subspace_meta.cli.common import (
+    WIDE,
+    UsageError,
+    chosen_tasks,
+    console,
+    device_named,
+    finite_or_null,
+    imported,
+    print_table,
+)
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.comparison import Comparison, TaskResult, compare, doubts
 from subspace_meta.evaluation.page import gaps, markdown, page, scheduled, summary, untuned
 from subspace_meta.optimizers.subspace import SubspaceOptimizer
+from subspace_meta.tasks.placement import moved
 from subspace_meta.weights import FOLDER, RELEASES
 
 
@@ -39,12 +49,14 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="Where the optimizer runs: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
     """Compare an untuned optimizer with the archive of tuned baselines."""
     torch.set_num_threads(threads)
     if weights is not None and optimizer:
         raise UsageError("give --weights or --optimizer, not both")
-    name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer)
+    where = device_named(device)
+    name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer, where)
     chosen = chosen_tasks(suite, tasks, own)
     if out is not None:
         if out.exists() and not out.is_dir():
@@ -54,12 +66,17 @@ def evaluate_command(
     reasons: list[str] = []
     with live.progress(console, quiet) as progress:
         bar = progress.add_task("evaluating", total=len(chosen), note=chosen[0].row[:44])
-        for done, (task, result) in enumerate(compare(name, make, chosen, folder), start=1):
+        for done, (task, result) in enumerate(compare(name, make, chosen, folder, where), start=1):
             reasons.append(f"{task.row}: {result}") if isinstance(result, str) else results.append(result)
             progress.update(bar, advance=1, note=chosen[min(done, len(chosen) - 1)].row[:44])
     if not results:
         raise UsageError(f"there is nothing to report. {'; '.join(reasons[:3])}")
     notes = [*doubts(results), *(f"left out, {reason}" for reason in reasons)]
+    if where.type != "cpu":
+        notes.append(
+            f"{name} ran on {torch.cuda.get_device_name(where)}, the baselines of the archive on a CPU; seconds of a "
+            "step are wall-clock seconds of that device, for both"
+        )
     for note in notes:
         console.print(note)
     found = Comparison(name, tuple(results), tuple(notes))
@@ -85,9 +102,10 @@ def evaluate_command(
         raise typer.Exit(1)
 
 
-def _chosen_optimizer(weights: Path, optimizer: str) -> tuple[str, Any]:
+def _chosen_optimizer(weights: Path, optimizer: str, device: torch.device) -> tuple[str, Any]:
     """Return name and factory of what is evaluated."""
     if optimizer:
         return optimizer, imported(optimizer, "optimizer")
     theta, adapter = load_weights(weights)
+    theta = moved(theta, device)
     return weights.stem, lambda geometry: SubspaceOptimizer(geometry, theta, adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from rich.table import Table
 from subspace_meta import live
 from subspace_meta.adapter import features
 from subspace_meta.checkpoint import CheckpointError, OtherRunError, save_weights, write_atomically
-from subspace_meta.cli.common import UsageError, console, print_table, why_no_compiling
+from subspace_meta.cli.common import UsageError, console, device_named, print_table, why_no_compiling
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
@@ -57,17 +58,23 @@ def train_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of a tensor operation.", min=1)] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1; with --resume it may be another one than before.  [default: cuda for --preset "
+            "release where there is one, otherwise cpu; with --resume as before]"
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what it will cost in memory and work; train nothing.")
     ] = False,
 ) -> None:
     """Meta-train an optimizer, then compare it with tuned baselines; writes runs/NAME/.
 
-    Several processes: torchrun --nproc-per-node 4 -m subspace_meta train ... splits the tasks of each stream over them.
+    Several processes: torchrun --nproc-per-node 4 -m subspace_meta train ... splits the tasks of each stream over them;
+    with --device cuda each has a device of its own.
     """
     torch.set_num_threads(threads)
-    processes = Processes.join()
-    first = processes.rank == 0
     if resume and not name:
         raise UsageError("--resume needs --name, the run to go on with")
     if previous and not resume:
@@ -82,11 +89,14 @@ def train_command(
     }
     if resume:
         config = _config_to_resume(folder, given)
-    elif processes.any(first and _holds_something(folder)):
-        raise UsageError(f"{folder} exists; choose another --name, or add --resume to go on with it")
     else:
         defaults = {"run_preset": "quick", "preset": "base", "seed": 0, "outer_steps": None, "eager": False}
         config = {key: default if given[key] is None else given[key] for key, default in defaults.items()}
+    where = device_named(device or _usual_device(config, resume))
+    processes = Processes.join(where)
+    first = processes.rank == 0
+    if not resume and processes.any(first and _holds_something(folder)):
+        raise UsageError(f"{folder} exists; choose another --name, or add --resume to go on with it")
     if config["preset"] not in PRESETS:
         raise UsageError(f"unknown optimizer preset {config['preset']!r}; there are: {', '.join(PRESETS)}")
     preset, optimizer, eager = config["run_preset"], config["preset"], config["eager"]
@@ -102,7 +112,7 @@ def train_command(
         streams=tuple(dataclasses.replace(s, compiled=s.compiled and not eager) for s in chosen.train.streams),
     )
     try:
-        trainer = Trainer(settings, processes)
+        trainer = Trainer(settings, processes, where)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if dry_run:
@@ -122,7 +132,13 @@ def train_command(
         records = _read_records(folder / "metrics.jsonl")[: trainer.outer_step]
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"run_preset": preset, "eager": eager, **trainer.describe(), "environment": environment()}
+        config = {
+            "run_preset": preset,
+            "eager": eager,
+            "device": where.type,
+            **trainer.describe(),
+            "environment": environment(),
+        }
         write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     began = time.perf_counter()
     _train(trainer, records, folder, quiet or not first, checkpoint_seconds)
@@ -139,11 +155,11 @@ def train_command(
         "normalisation": {"floor": features.FLOOR, "tiny": features.TINY},
     }
     save_weights(folder / "weights.safetensors", trainer.theta, adapter, notes)
-    results = _evaluate(chosen, trainer.theta, adapter, quiet)
+    results = _evaluate(chosen, trainer.theta, adapter, quiet, where)
     text = (
         f"Optimizer preset `{optimizer}`, {sum(v.numel() for v in trainer.theta.values()):,} meta-parameters, "
         f"{settings.outer_steps} outer steps, seed {settings.seed}; trained for {trained_for:.0f} s (compilation "
-        f"included) in this sitting; {trainer.skipped} non-finite meta-gradients were skipped."
+        f"included) on {_in_words(where)} in this sitting; {trainer.skipped} non-finite meta-gradients were skipped."
         "\n\n![outer loss](training.png)"
     )
     plot_curves(results, folder / "curves.png")
@@ -160,6 +176,18 @@ def _run_preset(name: str) -> RunPreset:
     if name not in RUN_PRESETS:
         raise UsageError(f"unknown preset {name!r}; there are: {', '.join(RUN_PRESETS)}")
     return RUN_PRESETS[name]()
+
+
+def _usual_device(config: dict[str, Any], resume: bool) -> str:
+    """Return the device of a run that names none; a stopped run that had one goes on without where there is none."""
+    usual = "cuda" if config["run_preset"] == "release" else "cpu"
+    wanted: str = config.get("device", "cpu") if resume else usual
+    enough = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()  # one a process
+    return wanted if torch.cuda.is_available() and enough else "cpu"
+
+
+def _in_words(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _holds_something(folder: Path) -> bool:
@@ -186,7 +214,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 def _print_costs(trainer: Trainer, as_json: bool) -> None:
     """Print the predicted memory and work of each stream; warn where memory does not suffice."""
     costs = trainer.costs()
-    free = available_bytes()
+    free = available_bytes(trainer.device)
     if as_json:
         streams = {name: {**dataclasses.asdict(c), "peak_bytes": c.peak_bytes} for name, c in costs.items()}
         typer.echo(json.dumps({"available_bytes": free, "streams": streams}))
@@ -262,12 +290,12 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _evaluate(preset: RunPreset, weights: Any, adapter: Adapter, quiet: bool) -> Results:
+def _evaluate(preset: RunPreset, weights: Any, adapter: Adapter, quiet: bool, device: torch.device) -> Results:
     results: Results | None = None
     with live.progress(console, quiet) as progress:
         bar = progress.add_task("evaluating", total=4 * len(preset.evaluation), note="")
         runs = evaluate_suite(
-            preset.evaluation, lambda g: SubspaceOptimizer(g, weights, adapter), preset.seeds, preset.horizon
+            preset.evaluation, lambda g: SubspaceOptimizer(g, weights, adapter), preset.seeds, preset.horizon, device
         )
         for label, results in runs:  # noqa: B007 (the last results are what is wanted)
             progress.update(bar, advance=1, note=label[:44])

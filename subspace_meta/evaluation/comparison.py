@@ -24,6 +24,7 @@ from subspace_meta.evaluation.protocol import (
     Curves,
     EvaluationTask,
     at_budgets,
+    placed,
     run_untuned,
 )
 from subspace_meta.evaluation.report import environment
@@ -32,6 +33,7 @@ from subspace_meta.evaluation.timing import interleaved
 from subspace_meta.geometry import Geometry
 from subspace_meta.optimizers import RAdam, SubspaceOptimizer
 from subspace_meta.optimizers.base import Optimizer
+from subspace_meta.tasks.placement import on_device
 from subspace_meta.tasks.suite import SuiteTask
 
 Factory = Callable[[Geometry], Optimizer]
@@ -63,7 +65,7 @@ class TaskResult:
         task: the task.
         curves: of the optimizer, one rate.
         cells: of the baselines that are defined there.
-        seconds: CPU seconds of one step, gradient included, one thread: the optimizer's, and the peer's.
+        seconds: of one step, gradient included, on one CPU thread or a device: the optimizer's, and the peer's.
         told: of the optimizer, told how many steps it has, one run for every checkpoint; ``None`` if it takes none.
     """
 
@@ -129,7 +131,7 @@ class TaskResult:
         return torch.tensor([value for value, _ in found]), any(censored for _, censored in found)
 
     def time_ratio(self) -> float:
-        """Return the optimizer's CPU seconds a step over the peer's."""
+        """Return the optimizer's seconds a step over the peer's."""
         return self.seconds[0] / self.seconds[1]
 
     @property
@@ -281,9 +283,11 @@ class Comparison:
         }
 
 
-def seconds_of_a_step(task: SuiteTask, makes: Sequence[Factory], steps: int = 5, rounds: int = 3) -> list[float]:
-    """Return CPU seconds of one step, loss and gradient included, of single runs in turn, one thread."""
-    family, problem = task.family, task.family.problem
+def seconds_of_a_step(
+    task: SuiteTask, makes: Sequence[Factory], steps: int = 5, rounds: int = 3, device: torch.device | str = "cpu"
+) -> list[float]:
+    """Return seconds of one step, loss and gradient included, of single runs in turn; see :func:`interleaved`."""
+    family, problem = on_device(task.family, torch.device(device)), task.family.problem
     data = family.draw(torch.Generator().manual_seed(0), 1)
     params = {name: value[0] for name, value in family.init(data, torch.Generator().manual_seed(0)).items()}
     batches = family.sample(data, torch.Generator().manual_seed(0), steps)
@@ -301,12 +305,16 @@ def seconds_of_a_step(task: SuiteTask, makes: Sequence[Factory], steps: int = 5,
 
         return run
 
-    found = interleaved({str(i): runner(make) for i, make in enumerate(makes)}, rounds)
+    found = interleaved({str(i): runner(make) for i, make in enumerate(makes)}, rounds, device)
     return [seconds / steps for seconds in found.values()]
 
 
 def compare(
-    name: str, make: Factory, tasks: Sequence[SuiteTask], folder: Path = archive.FOLDER
+    name: str,
+    make: Factory,
+    tasks: Sequence[SuiteTask],
+    folder: Path = archive.FOLDER,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[SuiteTask, TaskResult | str]]:
     """Run an untuned optimizer on tasks; yield each result, or why there is none.
 
@@ -317,6 +325,7 @@ def compare(
         make: ``geometry -> optimizer``.
         tasks: available ones.
         folder: where the archive lies.
+        device: where it runs, and the tensors of ``make`` lie; the archive was made on a CPU.
     """
     for task in tasks:
         try:
@@ -324,16 +333,17 @@ def compare(
             if PEER not in cells:
                 yield task, f"{PEER} is not tuned on it in {folder}; subspace-meta archive does that"
                 continue
-            curves = run_untuned(EvaluationTask(task.row, task.family), make, archive.SEEDS, task.horizon)
-            told = _told(task, make)
-            ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)))
+            drawn = placed(EvaluationTask(task.row, task.family), device)
+            curves = run_untuned(drawn, make, archive.SEEDS, task.horizon).on_cpu()
+            told = _told(drawn, make, task.horizon)
+            ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)), device=device)
         except Exception as error:  # a user's code may raise anything
             yield task, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         else:
             yield task, TaskResult(task, curves, cells, (ours, peers), told)
 
 
-def _told(task: SuiteTask, make: Factory) -> Curves | None:
+def _told(task: EvaluationTask, make: Factory, horizon: int) -> Curves | None:
     """Run an optimizer that takes the number of steps once for every checkpoint, the end of which it knows."""
     optimizer = make(task.family.problem.geometry)
     if not isinstance(optimizer, SubspaceOptimizer) or not isinstance(optimizer.adapter, BaseAdapter):
@@ -341,9 +351,9 @@ def _told(task: SuiteTask, make: Factory) -> Curves | None:
 
     def run(steps: int) -> Curves:
         told = dataclasses.replace(optimizer, steps=steps)
-        return run_untuned(EvaluationTask(task.row, task.family), lambda _: told, archive.SEEDS, steps)
+        return run_untuned(task, lambda _: told, archive.SEEDS, steps).on_cpu()
 
-    return at_budgets(run, task.horizon)
+    return at_budgets(run, horizon)
 
 
 def doubts(results: Sequence[TaskResult]) -> list[str]:

@@ -39,6 +39,7 @@ from subspace_meta.optimizers import (
 )
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import TaskFamily
+from subspace_meta.tasks.placement import on_device
 
 CHECKPOINTS = (5, 10, 20, 50, 100, 200, 400, 1000, 2000, 4000)
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, 7))  # 15 half-decades, 1e-4 to 1e3
@@ -63,6 +64,11 @@ class EvaluationTask:
     row: str
     family: TaskFamily
     instance: int = 0
+
+
+def placed(task: EvaluationTask, device: torch.device | str) -> EvaluationTask:
+    """Return a task whose runs are on a device: the same draw, starts and mini-batches, which are made on the CPU."""
+    return dataclasses.replace(task, family=on_device(task.family, torch.device(device)))
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,11 @@ class Curves:
         """Return the index of the best rate at a step: lowest mean over seeds."""
         return int(self.at(step).mean(dim=-1).argmin())
 
+    def on_cpu(self) -> Curves:
+        """Return the curves of a run on a device as tensors of the CPU."""
+        tensors = ("log_excess", "metric", "violation", "initial")
+        return dataclasses.replace(self, **{name: getattr(self, name).cpu() for name in tensors})
+
 
 def checkpoints_within(horizon: int) -> tuple[int, ...]:
     """Return the checkpoints up to the horizon, and the horizon."""
@@ -265,7 +276,7 @@ def evaluate_rates(
     def metric(lr: Tensor, params: Any, state: Any, one: Any) -> Tensor:
         return metric_function(handed_out(lr, params, state), one)
 
-    lr = torch.tensor(rates)
+    lr = torch.tensor(rates, device=data["reference"].device)
     params = {name: value.expand(len(rates), *value.shape) for name, value in start.items()}
     began = time.process_time()
     state = per_run(first, (0, 0))(lr, params)

@@ -20,6 +20,7 @@ from subspace_meta.evaluation.protocol import (
     TIE,
     Curves,
     EvaluationTask,
+    placed,
     run_untuned,
     tune,
 )
@@ -146,15 +147,19 @@ def evaluate_suite(
     make: Callable[[Geometry], Optimizer],
     seeds: int = 5,
     horizon: int = 200,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, Results]]:
-    """Evaluate an untuned optimizer against all baselines; yield a label after each run, with the results so far."""
+    """Evaluate an untuned optimizer against all baselines; yield a label after each run, with the results so far.
+
+    All runs are on ``device``, where the tensors of ``make`` have to lie; results are on the CPU.
+    """
     results = Results(horizon, seeds)
-    for task in tasks:
+    for task in (placed(task, device) for task in tasks):
         methods = results.curves.setdefault(task.row, {})
         for baseline in QUICK_BASELINES:
-            methods.setdefault(baseline.name, []).append(tune(task, baseline, seeds, horizon))
+            methods.setdefault(baseline.name, []).append(tune(task, baseline, seeds, horizon).on_cpu())
             yield f"{task.row}: {baseline.name}", results
-        methods.setdefault(LEARNED, []).append(run_untuned(task, make, seeds, horizon))
+        methods.setdefault(LEARNED, []).append(run_untuned(task, make, seeds, horizon).on_cpu())
         yield f"{task.row}: {LEARNED}", results
 
 

@@ -145,8 +145,8 @@ def draw(
     x = manifold.random_point(shape, generator, dtype)
     u = unit(manifold, x, manifold.random_tangent(x, generator))
     v = unit(manifold, x, manifold.random_tangent(x, generator))
-    ambient = torch.randn(shape, generator=generator, dtype=dtype)
-    other = torch.randn(shape, generator=generator, dtype=dtype)
+    ambient = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    other = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
     if tolerance is None:
         tolerance = 1000.0 * torch.finfo(dtype).eps
     return Sample(manifold, x, u, v, ambient, other, tolerance)
@@ -269,7 +269,7 @@ def check_dimension(sample: Sample) -> CheckResult:
     x = sample.x.reshape(batch, *sample.x.shape[-2:])[0]
     if x.numel() > 1024:
         return CheckResult("dimension", 0.0, 0.0, "more than 1024 entries; use a smaller shape", skipped=True)
-    basis = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
+    basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
     images = m.project(x.expand_as(basis), basis)
     measured = float(torch.diagonal(images.flatten(1)).sum())
     claimed = m.dimension(tuple(sample.x.shape)) / batch

@@ -142,7 +142,10 @@ def _length(e: Tensor, size: Tensor | float, max_norm: float, max_contraction: f
     if bound is None or not known_true(torch.isfinite(bound)):
         # Entries of size 1, so that squares neither overflow nor vanish. The entries of a short step stay below that:
         # dividing them by something tiny would give derivatives that overflow before they meet their factor 0.
-        scale = torch.maximum(power_of_two(e), torch.as_tensor(1.0 / size))
+        # A number stays on the CPU, from where kernels of every device take it: to copy it there is to wait.
+        scale = torch.maximum(
+            power_of_two(e), torch.as_tensor(1.0 / size, device="cpu" if isinstance(size, float) else size.device)
+        )
         e = e / scale
         bound = spectral_bound(e @ e).sqrt()
     length = (max_norm / bound).clamp(max=size * scale)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.utils import _pytree as pytree
 
 _NARROW = 16  # columns; from there on the two orders take the same time
 _count = itertools.count()
@@ -63,7 +64,10 @@ class _WithoutFallbackNotes(logging.Filter):
         return "missing a c-shim implementation" not in record.getMessage()
 
 
-def _options() -> dict[str, Any]:
+def _options(device: str) -> dict[str, Any]:
+    """Return options of the compiler; all of these are about what was measured on a CPU."""
+    if device != "cpu":
+        return {}
     try:
         from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     except ImportError:  # an older torch: slower, the same results
@@ -114,7 +118,7 @@ def compile_block(function: Block) -> Block:
     """Compile a function as one graph for fixed shapes.
 
     Functions made by the same ``def`` share a code object, and with it the compiler's limit on the number of graphs:
-    each gets its own here.
+    each gets its own here. The compiler's options are those for the device of the first call's tensors.
     """
     assert isinstance(function, types.FunctionType)
     own = types.FunctionType(
@@ -124,17 +128,17 @@ def compile_block(function: Block) -> Block:
         function.__defaults__,
         function.__closure__,
     )
-    with _without_collection():  # the compiler is imported here
-        compiled = torch.compile(own, fullgraph=True, dynamic=False, options=_options())
-    ready = False
+    compiled: Callable[..., Any] | None = None
 
     def call(*arguments: Any) -> Any:
-        nonlocal ready
-        if ready:
+        nonlocal compiled
+        if compiled is not None:
             return compiled(*arguments)
-        with _without_collection():
-            result = compiled(*arguments)
-        ready = True
+        device = next(leaf.device.type for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
+        with _without_collection():  # the compiler is imported here
+            first = torch.compile(own, fullgraph=True, dynamic=False, options=_options(device))
+            result = first(*arguments)
+        compiled = first
         return result
 
     return cast(Block, call)

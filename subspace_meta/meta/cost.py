@@ -122,8 +122,10 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(tree))
 
 
-def available_bytes() -> int | None:
-    """Return the bytes of memory that are free on this machine, or ``None`` where it does not say."""
+def available_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Return the bytes of memory that are free on a device, or ``None`` where the machine does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -2,7 +2,8 @@
 
 Every process draws all tasks and mini-batches from the same generator and keeps its part of the inner loops; what they
 find is added up. So the numbers are those of one process, up to the rounding of sums, and the meta-parameters stay
-equal bit for bit: the addends are exchanged, and each process adds them in the order of the ranks.
+equal bit for bit: the addends are exchanged, and each process adds them in the order of the ranks. On the CPU they are
+exchanged by gloo, on CUDA devices, one a process, by NCCL.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)  # a rank may compile while the others wait
 
 
@@ -35,32 +37,40 @@ class Processes:
     Attributes:
         rank: which one this is, from 0; rank 0 writes files and logs.
         count: how many there are.
+        device: where this one's tensors lie while they are exchanged.
     """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = CPU
 
     @staticmethod
-    def join() -> Processes:
-        """Join the processes that ``torchrun`` has started (over gloo); without it return a process that is alone.
+    def join(device: torch.device | str = CPU) -> Processes:
+        """Join the processes that ``torchrun`` has started; without it return a process that is alone.
+
+        Args:
+            device: this process's own; it decides whether gloo or NCCL connects them.
 
         Raises:
             ProcessError: the others cannot be reached.
         """
+        device = torch.device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Processes()
+            return Processes(device=device)
         if not distributed.is_initialized():
             # Its functions have the default group of that moment as default argument. Imported later, as torch's
             # compiler does, they would keep the group and gloo's threads for ever, and threads that are left at the
             # end of the interpreter may abort it.
             importlib.import_module("torch.distributed.nn")
 
+            on_gpu = device.type == "cuda"
+            if on_gpu:
+                torch.cuda.set_device(device)  # NCCL gathers objects on the current device
             try:
-                # What is exchanged lies in main memory.
-                distributed.init_process_group("gloo", timeout=TIMEOUT)
+                distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
             except (RuntimeError, ValueError) as error:
                 raise ProcessError(f"the processes of the job did not find each other: {error}") from error
-        return Processes(distributed.get_rank(), distributed.get_world_size())
+        return Processes(distributed.get_rank(), distributed.get_world_size(), device)
 
     @staticmethod
     def leave() -> None:
@@ -86,13 +96,14 @@ class Processes:
         """
         if self.count == 1:
             return value
-        found = [torch.empty_like(value) for _ in range(self.count)]
-        self._exchange(distributed.all_gather, found, value.contiguous())
-        return torch.stack(found).sum(0)
+        mine = value.to(self.device).contiguous()
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        self._exchange(distributed.all_gather, found, mine)
+        return torch.stack(found).sum(0).to(value.device)
 
     def any(self, flag: bool) -> bool:
         """Return whether one process at least says so; see :meth:`total`."""
-        return bool(self.total(torch.tensor(int(flag))))
+        return bool(self.total(torch.tensor(int(flag), device=self.device)))
 
     def collect(self, value: Any) -> list[Any]:
         """Return what each process has, tensors included, for rank 0 (an empty list for the others)."""

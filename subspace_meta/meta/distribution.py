@@ -35,7 +35,7 @@ SEED = 20
 
 def _log_uniform(low: int, high: int, generator: torch.Generator) -> int:
     """Draw an integer from ``low`` to ``high``, its logarithm uniformly."""
-    share = float(torch.rand((), generator=generator))
+    share = float(torch.rand((), generator=generator, device=generator.device))
     return min(high, int(math.exp(math.log(low) + share * math.log((high + 1) / low))))
 
 

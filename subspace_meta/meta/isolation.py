@@ -58,9 +58,9 @@ def segment_gradient(
         total: the sum over all processes, where each has other tasks. ``theta`` and ``loss`` are then about all tasks,
             the rest about this process's; a copy is one of its own tasks, and where it has no good one all is lost.
     """
-    tasks = next(iter(carry.params.values())).shape[0]
-    own = torch.arange(tasks)
-    spoiled = torch.zeros(tasks, dtype=torch.bool)
+    one = next(iter(carry.params.values()))
+    own = torch.arange(len(one), device=one.device)
+    spoiled = torch.zeros_like(own, dtype=torch.bool)
     source = own
 
     def everywhere(flags: Tensor) -> bool:
@@ -108,4 +108,5 @@ def _lost(theta: Weights, trace: Trace, own: Tensor) -> SegmentGradient:
     """Return the result where no task is left."""
     nothing = {name: torch.full_like(value, torch.nan) for name, value in theta.items()}
     everything = torch.ones_like(own, dtype=torch.bool)
-    return SegmentGradient(nothing, trace.carry, trace.objectives, torch.tensor(torch.nan), everything, own)
+    loss = torch.full((), torch.nan, device=own.device)
+    return SegmentGradient(nothing, trace.carry, trace.objectives, loss, everything, own)

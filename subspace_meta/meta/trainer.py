@@ -8,8 +8,9 @@ of inner loops are mixed. Truncation: Werbos 1990; for learned optimizers Andryc
 The outer loss is the mean over tasks and steps of log((f - f*)/(f_0 - f*) + floor): every decade of progress counts the
 same, whatever the scale of the problem.
 
-Everything random comes from one generator, so training is reproducible on the same machine, and a checkpoint holds all
-that is needed to go on exactly. Several processes split the tasks of each stream (``subspace_meta.meta.distributed``).
+Everything random comes from one generator, on a device mini-batches from a second one that draws there
+(``subspace_meta.tasks.placement``). So training is reproducible on the same machine, and a checkpoint holds all that is
+needed to go on exactly. Several processes split the tasks of each stream (``subspace_meta.meta.distributed``).
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import OtherRunError, keep_previous, load_tensors, save_tensors
 from subspace_meta.geometry import Geometry
 from subspace_meta.meta.cost import Cost, entries, predict
-from subspace_meta.meta.distributed import Processes
+from subspace_meta.meta.distributed import CPU, Processes
 from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.unroll import Carry, InnerLoop
 from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
 from subspace_meta.tasks.base import Data, TaskFamily, describe
+from subspace_meta.tasks.placement import moved, on_device
 
 LOSS_FLOOR = 1e-7
 MOST_SKIPPED = 20  # in a row: then something is wrong that waiting does not mend
@@ -162,6 +164,7 @@ class _Stream:
     """The running inner loops of one stream; ``data`` and ``initial`` are those of all processes."""
 
     settings: StreamSettings
+    families: tuple[TaskFamily, ...]  # those of the settings, on the device
     part: slice  # this process's tasks
     loops: tuple[InnerLoop, ...]  # one a family
     index: int = 0  # of the family that is running
@@ -178,7 +181,7 @@ class _Stream:
 
     @property
     def family(self) -> TaskFamily:
-        return self.settings.families[self.index]
+        return self.families[self.index]
 
 
 def relative_log_loss(objectives: Tensor, initial: Tensor, reference: Tensor) -> Tensor:
@@ -193,24 +196,30 @@ class Trainer:
     Args:
         settings: the run's settings.
         processes: which part of the tasks is this process's; all call the same methods in the same order.
+        device: where inner loops run and meta-parameters lie; with several processes each may have its own.
 
     Raises:
         ValueError: a stream has fewer tasks than there are processes.
 
     Attributes:
         settings: the run's settings.
+        device: where everything lies.
         theta: the meta-parameters.
         outer_step: updates attempted so far.
         skipped: updates that were skipped because no task of the segment was finite.
         spoiled_tasks: tasks that were left out of their segment's meta-gradient because they were not finite.
     """
 
-    def __init__(self, settings: TrainSettings, processes: Processes | None = None) -> None:
+    def __init__(
+        self, settings: TrainSettings, processes: Processes | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.settings = settings
         self.processes = processes or Processes()
+        self.device = torch.device(device)
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.sampler = self._sampler_from(0)
         adapter = PRESETS[settings.preset]
-        self.theta: Weights = adapter.init_weights(self.generator)
+        self.theta: Weights = moved(adapter.init_weights(self.generator), self.device)
         self.first_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.second_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.outer_step = 0
@@ -219,9 +228,20 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.spoiled_tasks = 0
         self.streams = [
-            _Stream(s, self.processes.part(s.tasks), tuple(self._loop(s, family) for family in s.families))
+            _Stream(
+                s,
+                tuple(on_device(family, self.device) for family in s.families),
+                self.processes.part(s.tasks),
+                tuple(self._loop(s, family) for family in s.families),
+            )
             for s in settings.streams
         ]
+
+    def _sampler_from(self, outer_step: int) -> torch.Generator:
+        """Return the generator of mini-batches: on the CPU that of everything, on a device one that is seeded anew."""
+        if self.device.type == "cpu":
+            return self.generator
+        return torch.Generator(self.device).manual_seed((self.settings.seed * 2**32 + outer_step) % 2**63)
 
     def _loop(self, stream: StreamSettings, family: TaskFamily) -> InnerLoop:
         return InnerLoop(
@@ -238,11 +258,11 @@ class Trainer:
     def _restart(self, stream: _Stream, index: int | None = None) -> None:
         """Draw a family unless its index is given, new tasks, starting points and a horizon."""
         if index is None:
-            index = int(torch.randint(len(stream.loops), (), generator=self.generator))
+            index = int(torch.randint(len(stream.loops), (), generator=self.generator, device=self.generator.device))
         stream.index = index
         family = stream.family
         low, high = self.settings.horizon
-        drawn = low * (high / low) ** float(torch.rand((), generator=self.generator))
+        drawn = low * (high / low) ** float(torch.rand((), generator=self.generator, device=self.generator.device))
         stream.horizon = self.settings.segment * max(1, round(drawn / self.settings.segment))
         stream.age = 0
         stream.data = family.draw(self.generator, stream.settings.tasks)
@@ -251,14 +271,15 @@ class Trainer:
         stream.initial = stream.loop.objective(params, family.measured(stream.data))
         adapter = PRESETS[self.settings.preset]
         if self.settings.told and isinstance(adapter, BaseAdapter):
-            stream.told = float(torch.rand((), generator=self.generator)) < self.settings.told
+            told = torch.rand((), generator=self.generator, device=self.generator.device)
+            stream.told = float(told) < self.settings.told
             if stream.told:
                 stream.carry = stream.carry._replace(state=adapter.with_budget(stream.carry.state, stream.horizon))
 
     def step(self) -> dict[str, Any]:
         """Take one outer step and return its figures."""
         began = time.perf_counter()
-        weights = torch.tensor([stream.settings.weight for stream in self.streams])
+        weights = torch.tensor([s.settings.weight for s in self.streams], device=self.generator.device)
         index = int(torch.multinomial(weights, 1, generator=self.generator))
         stream = self.streams[index]
         if stream.carry is None or stream.age >= stream.horizon:
@@ -270,13 +291,13 @@ class Trainer:
         part = stream.part
         measured = {name: value[part] for name, value in family.measured(stream.data).items()}
         length = self.settings.segment_at(self.outer_step, stream.age, stream.horizon)
-        batches = family.sample(stream.data, self.generator, length)
+        batches = family.sample(stream.data, self.sampler, length)
         batches = {name: value[:, part] for name, value in batches.items()}
         initial, reference = stream.initial[part], stream.data["reference"][part]
 
         # Of one on average over a whole inner loop.
-        times = torch.arange(stream.age + 1, stream.age + length + 1) / stream.horizon
-        weight = 0.5 + 4.0 * times**7 if stream.told else torch.ones(length)
+        times = torch.arange(stream.age + 1, stream.age + length + 1, device=self.device) / stream.horizon
+        weight = 0.5 + 4.0 * times**7 if stream.told else torch.ones_like(times)
 
         def outer_loss(objectives: Tensor) -> Tensor:
             return (weight[:, None] * relative_log_loss(objectives, initial, reference)).mean(dim=0)
@@ -294,7 +315,7 @@ class Trainer:
             stream.carry = found.carry
             if spoiled:
                 # From here on the copies stand for the spoiled tasks, with all that belongs to them.
-                source = torch.zeros(stream.settings.tasks, dtype=found.source.dtype)
+                source = torch.zeros(stream.settings.tasks, dtype=found.source.dtype, device=self.device)
                 source[part] = found.source + part.start
                 source = total(source)
                 stream.data = {name: value[source] for name, value in stream.data.items()}
@@ -343,7 +364,7 @@ class Trainer:
         """Predict the cost of one outer step of each stream, by the name of its largest family; changes nothing."""
         costs = {}
         for i, stream in enumerate(self.streams):
-            pairs = zip(stream.settings.families, stream.loops, strict=True)
+            pairs = zip(stream.families, stream.loops, strict=True)
             family, loop = max(pairs, key=lambda pair: entries(pair[0].problem))
             generator = torch.Generator().manual_seed(0)
             data = family.draw(generator, stream.settings.tasks)
@@ -364,10 +385,12 @@ class Trainer:
 
         What ``path`` held before is then at ``previous``.
         """
-        carries = self.processes.collect([pytree.tree_leaves(stream.carry) for stream in self.streams])
+        carries = self.processes.collect([pytree.tree_leaves(moved(stream.carry, CPU)) for stream in self.streams])
         if self.processes.rank:
             return
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        if self.sampler is not self.generator:
+            tensors["sampler"] = self.sampler.get_state()
         for kind, group in (("theta", self.theta), ("first", self.first_moment), ("second", self.second_moment)):
             tensors.update({f"{kind}/{name}": value for name, value in group.items()})
         streams = []
@@ -402,7 +425,11 @@ class Trainer:
         save_tensors(path, "training checkpoint", tensors, content)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of a run with the same settings.
+        """Go on from a checkpoint of a run with the same settings, exactly on a device of the kind that wrote it.
+
+        On another kind weights, moments, running inner loops and the generator of tasks are the same; rounding and
+        mini-batches are not. A device's own generator, of which a checkpoint of the CPU knows nothing, is then seeded
+        by the run's seed and the outer step.
 
         Raises:
             CheckpointError: the file cannot be used.
@@ -420,7 +447,7 @@ class Trainer:
             )
         for kind, group in (("theta", self.theta), ("first", self.first_moment), ("second", self.second_moment)):
             for name in group:
-                group[name] = tensors[f"{kind}/{name}"]
+                group[name] = tensors[f"{kind}/{name}"].to(self.device)
         for i, (stream, saved) in enumerate(zip(self.streams, content["streams"], strict=True)):
             if not saved["running"]:
                 continue
@@ -433,6 +460,10 @@ class Trainer:
         for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
+        if self.sampler is not self.generator:
+            self.sampler = self._sampler_from(self.outer_step)
+            if "sampler" in tensors:  # not in a checkpoint of the CPU
+                self.sampler.set_state(tensors["sampler"])
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values, families by their descriptions."""
@@ -463,6 +494,6 @@ class Trainer:
 
 
 def _restored(tree: Any, tensors: Mapping[str, Tensor], prefix: str) -> Any:
-    """Return a tree of the same structure with leaves from a checkpoint."""
+    """Return a tree of the same structure, on the same device, with leaves from a checkpoint."""
     leaves, structure = pytree.tree_flatten(tree)
-    return pytree.tree_unflatten([tensors[f"{prefix}/{j}"] for j in range(len(leaves))], structure)
+    return pytree.tree_unflatten([tensors[f"{prefix}/{j}"].to(x.device) for j, x in enumerate(leaves)], structure)

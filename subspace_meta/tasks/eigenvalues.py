@@ -51,7 +51,7 @@ class LeadingSubspace(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw bases."""
-        spectrum = torch.arange(1, self.d + 1, dtype=torch.float64) ** -self.exponent
+        spectrum = torch.arange(1, self.d + 1, dtype=torch.float64, device=generator.device) ** -self.exponent
         covariance, _ = symmetric_matrix(spectrum.expand(count, -1), generator)
         return {"covariance": covariance.float(), "reference": spectrum[self.p :].sum().float().expand(count)}
 
@@ -104,9 +104,9 @@ class OrderedEigenvectors(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw bases."""
-        spectrum = (1.0 - torch.arange(self.d, dtype=torch.float64) / self.d).square()
+        spectrum = (1.0 - torch.arange(self.d, dtype=torch.float64, device=generator.device) / self.d).square()
         matrix, basis = symmetric_matrix(spectrum.expand(count, -1), generator)
-        weights = torch.arange(self.p, 0, -1, dtype=torch.float64)
+        weights = torch.arange(self.p, 0, -1, dtype=torch.float64, device=generator.device)
         reference = -(weights * spectrum[: self.p]).sum() / weights.sum()
         return {
             "matrix": matrix.float(),
@@ -152,7 +152,7 @@ class RayleighQuotient(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw bases."""
-        spectrum = torch.arange(1, self.d + 1, dtype=torch.float64) / self.d
+        spectrum = torch.arange(1, self.d + 1, dtype=torch.float64, device=generator.device) / self.d
         matrix, basis = symmetric_matrix(spectrum.expand(count, -1), generator)
         return {
             "matrix": matrix.float(),

@@ -67,10 +67,10 @@ class MaxCut(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw graphs."""
-        joined = torch.rand(count, self.n, self.n, generator=generator) < self.density
+        joined = torch.rand(count, self.n, self.n, generator=generator, device=generator.device) < self.density
         upper = torch.triu(joined, diagonal=1).float()
         data = {"graph": upper + upper.mT}
-        start = Oblique().random_point((count, self.p, self.n), generator)
+        start = Oblique().random_point((count, self.p, self.n), generator, device=generator.device)
         return {**data, "reference": reference_by_descent(self.problem, {"x": start}, data, 2000).float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:

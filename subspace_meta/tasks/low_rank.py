@@ -86,9 +86,9 @@ class MatrixCompletion(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw matrices, held as columns ``(count, n, d)``, and masks."""
-        basis = Stiefel().random_point((count, self.d, self.p), generator)
-        w = torch.randn(count, self.n, self.p, generator=generator) * (self.d / self.p) ** 0.5
-        mask = (torch.rand(count, self.n, self.d, generator=generator) < self.known).float()
+        basis = Stiefel().random_point((count, self.d, self.p), generator, device=generator.device)
+        w = torch.randn(count, self.n, self.p, generator=generator, device=generator.device) * (self.d / self.p) ** 0.5
+        mask = (torch.rand(count, self.n, self.d, generator=generator, device=generator.device) < self.known).float()
         data = {"columns": w @ basis.mT, "mask": mask}
         return {**data, "reference": reference_by_descent(self.problem, {"x": basis}, data).float()}
 
@@ -145,10 +145,13 @@ class LowRankFactorisation(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw matrices."""
-        u, v = (Stiefel().random_point((count, size, self.p), generator).double() for size in (self.d, self.n))
-        noise = torch.randn(count, self.d, self.n, generator=generator, dtype=torch.float64)
+        u, v = (
+            Stiefel().random_point((count, size, self.p), generator, device=generator.device).double()
+            for size in (self.d, self.n)
+        )
+        noise = torch.randn(count, self.d, self.n, generator=generator, dtype=torch.float64, device=generator.device)
         noise = self.noise * noise / (self.d**0.5 + self.n**0.5)  # the largest singular value of noise: about 1
-        matrix = (u * torch.linspace(3.0, 1.0, self.p, dtype=torch.float64)) @ v.mT + noise
+        matrix = (u * torch.linspace(3.0, 1.0, self.p, dtype=torch.float64, device=generator.device)) @ v.mT + noise
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         best = (left[..., : self.p] * values[:, None, : self.p]) @ right[:, : self.p]
         reference = values[:, self.p :].square().sum(dim=-1) / values.square().sum(dim=-1)

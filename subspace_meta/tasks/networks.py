@@ -127,7 +127,7 @@ class NetworkClassification(TaskFamily):
             "one_hot": F.one_hot(labels).float(),
             "test_inputs": test_inputs,
             "test_labels": test_labels,
-            "reference": torch.zeros(()),
+            "reference": torch.zeros((), device=inputs.device),
         }
         return once_per_task(values, count)
 
@@ -180,16 +180,19 @@ class AddingProblem(TaskFamily):
 
     def _sequences(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Return sequences ``(*shape, T, 2)`` and their answers ``(*shape,)``."""
-        numbers = torch.rand(*shape, self.length, generator=generator)
+        numbers = torch.rand(*shape, self.length, generator=generator, device=generator.device)
         half = self.length // 2
-        first = torch.randint(half, shape, generator=generator)
-        second = half + torch.randint(self.length - half, shape, generator=generator)
+        first = torch.randint(half, shape, generator=generator, device=generator.device)
+        second = half + torch.randint(self.length - half, shape, generator=generator, device=generator.device)
         markers = (F.one_hot(first, self.length) + F.one_hot(second, self.length)).float()
         return {"z": torch.stack([numbers, markers], dim=-1), "target": (numbers * markers).sum(dim=-1)}
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw the sequences of the objective."""
-        return {**self._sequences((count, self.objective_size), generator), "reference": torch.zeros(count)}
+        return {
+            **self._sequences((count, self.objective_size), generator),
+            "reference": torch.zeros(count, device=generator.device),
+        }
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Draw new sequences."""

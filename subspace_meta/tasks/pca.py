@@ -78,21 +78,25 @@ class SyntheticPCA(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw covariances and their square roots."""
-        index = torch.arange(1, self.d + 1, dtype=torch.float32).expand(count, self.d)
+        index = torch.arange(1, self.d + 1, dtype=torch.float32, device=generator.device).expand(count, self.d)
 
         def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(count, 1, generator=generator)
+            return low + (high - low) * torch.rand(count, 1, generator=generator, device=generator.device)
 
         power = index ** -uniform(0.3, 2.0)
         exponential = torch.exp(-index / (self.p * torch.exp(uniform(math.log(0.25), math.log(2.0))))) + 1e-4
         strength = torch.exp(uniform(math.log(2.0), math.log(30.0)))
-        spiked = torch.where(index <= self.p, strength * (1.0 + torch.rand(count, self.d, generator=generator)), 1.0)
-        kind = torch.randint(3, (count, 1), generator=generator)
+        spiked = torch.where(
+            index <= self.p,
+            strength * (1.0 + torch.rand(count, self.d, generator=generator, device=generator.device)),
+            1.0,
+        )
+        kind = torch.randint(3, (count, 1), generator=generator, device=generator.device)
         spectrum = torch.where(kind == 0, power, torch.where(kind == 1, exponential, spiked))
         spectrum = spectrum / spectrum.sum(dim=-1, keepdim=True) * 10 ** uniform(*self.log10_scale)
-        basis = Stiefel().random_point((count, self.d, self.d), generator)
-        keep = (torch.rand(count, generator=generator) < 1 / 3)[:, None, None]
-        basis = torch.where(keep, torch.eye(self.d), basis)
+        basis = Stiefel().random_point((count, self.d, self.d), generator, device=generator.device)
+        keep = (torch.rand(count, generator=generator, device=generator.device) < 1 / 3)[:, None, None]
+        basis = torch.where(keep, torch.eye(self.d, device=generator.device), basis)
         root = basis * spectrum.sqrt()[:, None, :]
         covariance = root @ root.mT
         return {
@@ -104,7 +108,7 @@ class SyntheticPCA(TaskFamily):
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Draw normal samples."""
         count = len(data["reference"])
-        noise = torch.randn(steps, count, self.batch_size, self.d, generator=generator)
+        noise = torch.randn(steps, count, self.batch_size, self.d, generator=generator, device=generator.device)
         return {"z": noise @ data["root"].mT}
 
     def measured(self, data: Data) -> Data:
@@ -149,15 +153,18 @@ class SampledPCA(TaskFamily):
         covariance = samples.T @ samples / n
         reference = residual_variance(covariance, self.p)
         if not self.rotate:
-            frame = torch.eye(d).expand(count, d, d)
+            frame = torch.eye(d, device=samples.device).expand(count, d, d)
             return {
                 "covariance": covariance.expand(count, d, d),
                 "frame": frame,
                 "reference": reference.expand(count),
             }
         low, high = self.log10_scale
-        scale = 10 ** (low + (high - low) * torch.rand(count, generator=generator)) / covariance.trace()
-        frame = Stiefel().random_point((count, d, d), generator) * scale.sqrt()[:, None, None]
+        scale = (
+            10 ** (low + (high - low) * torch.rand(count, generator=generator, device=generator.device))
+            / covariance.trace()
+        )
+        frame = Stiefel().random_point((count, d, d), generator, device=generator.device) * scale.sqrt()[:, None, None]
         return {"covariance": frame.mT @ covariance @ frame, "frame": frame, "reference": reference * scale}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:

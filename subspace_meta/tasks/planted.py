@@ -27,7 +27,7 @@ from subspace_meta.tasks.covariances import inverse_root, karcher_loss, karcher_
 
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
+    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
 def least_squares_loss(params: Params, batch: Batch) -> Tensor:
@@ -50,11 +50,11 @@ def least_squares_problem(d: int, p: int, manifold: Manifold) -> Problem:
 
 def random_root(d: int, count: int, generator: torch.Generator) -> Tensor:
     """Return square roots ``(count, d, d)`` of covariances of trace 1: power laws of exponent 0 to 2, random bases."""
-    spectrum = torch.arange(1, d + 1) ** -_uniform(0.0, 2.0, (count, 1), generator)
+    spectrum = torch.arange(1, d + 1, device=generator.device) ** -_uniform(0.0, 2.0, (count, 1), generator)
     spectrum = spectrum / spectrum.sum(dim=-1, keepdim=True)
-    basis = Stiefel().random_point((count, d, d), generator)
-    keep = (torch.rand(count, generator=generator) < 0.3)[:, None, None]
-    return torch.where(keep, torch.eye(d), basis) * spectrum.sqrt()[:, None, :]
+    basis = Stiefel().random_point((count, d, d), generator, device=generator.device)
+    keep = (torch.rand(count, generator=generator, device=generator.device) < 0.3)[:, None, None]
+    return torch.where(keep, torch.eye(d, device=generator.device), basis) * spectrum.sqrt()[:, None, :]
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,17 @@ class PlantedLeastSquares(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw covariances, solutions, weights of the columns, and noise."""
-        weights = 10 ** (-_uniform(0.0, 1.0, (count, 1, 1), generator) * torch.linspace(0.0, 1.0, self.p))
-        solution = self.manifold.random_point((count, self.d, self.p), generator)
+        weights = 10 ** (
+            -_uniform(0.0, 1.0, (count, 1, 1), generator) * torch.linspace(0.0, 1.0, self.p, device=generator.device)
+        )
+        solution = self.manifold.random_point((count, self.d, self.p), generator, device=generator.device)
         noise = 10 ** _uniform(-3.0, 0.0, (count, 1, 1), generator) * (2.0 / self.d) ** 0.5
         return {
             "root": random_root(self.d, count, generator),
             "solution": solution,
             "weights": weights,
             "noise": noise,
-            "reference": torch.zeros(count),
+            "reference": torch.zeros(count, device=generator.device),
         }
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
@@ -95,8 +97,11 @@ class PlantedLeastSquares(TaskFamily):
             a = data["root"].mT * self.d**0.5
             return repeat({"a": a, "y": a @ data["solution"], "weights": data["weights"]}, ("a", "y", "weights"), steps)
         count = len(data["reference"])
-        a = torch.randn(steps, count, self.batch_size, self.d, generator=generator) @ data["root"].mT
-        noise = torch.randn(steps, count, self.batch_size, self.p, generator=generator)
+        a = (
+            torch.randn(steps, count, self.batch_size, self.d, generator=generator, device=generator.device)
+            @ data["root"].mT
+        )
+        noise = torch.randn(steps, count, self.batch_size, self.p, generator=generator, device=generator.device)
         weights = data["weights"].expand(steps, *data["weights"].shape)
         return {"a": a, "y": a @ data["solution"] + data["noise"] * noise, "weights": weights}
 
@@ -125,12 +130,14 @@ class PlantedClassification(TaskFamily):
         """Draw clusters, and the samples."""
         d, c = self.d, self.classes
         root = random_root(d, count, generator) * d**0.5
-        centres = torch.randn(count, c, d, generator=generator) @ root.mT
+        centres = torch.randn(count, c, d, generator=generator, device=generator.device) @ root.mT
         apart = 10 ** _uniform(-0.5, 0.5, (count, 1, 1), generator)
-        shift = torch.randn(count, 1, d, generator=generator) * 10 ** _uniform(-1.0, 0.7, (count, 1, 1), generator)
+        shift = torch.randn(count, 1, d, generator=generator, device=generator.device) * 10 ** _uniform(
+            -1.0, 0.7, (count, 1, 1), generator
+        )
         within = random_root(d, count, generator) * d**0.5
-        labels = torch.randint(c, (count, self.samples), generator=generator)
-        noise = torch.randn(count, self.samples, d, generator=generator) @ within.mT
+        labels = torch.randint(c, (count, self.samples), generator=generator, device=generator.device)
+        noise = torch.randn(count, self.samples, d, generator=generator, device=generator.device) @ within.mT
         one_hot = F.one_hot(labels, c).float()
         inputs = apart * (one_hot @ centres) + noise + shift
         scale = 10 ** _uniform(*self.log10_logit_scale, (count, 1, 1), generator)
@@ -140,7 +147,7 @@ class PlantedClassification(TaskFamily):
             "one_hot": one_hot,
             "test_inputs": inputs[:, :1],
             "test_labels": labels[:, :1],
-            "reference": torch.zeros(count),
+            "reference": torch.zeros(count, device=generator.device),
         }
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
@@ -177,7 +184,10 @@ class PlantedKarcherMeans(TaskFamily):
         return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
     def _draw_one(self, generator: torch.Generator) -> Data:
-        n, draw = self.n, functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        n, draw = (
+            self.n,
+            functools.partial(torch.randn, generator=generator, dtype=torch.float64, device=generator.device),
+        )
         distance = math.exp(float(_uniform(math.log(0.5), math.log(16.0), (), generator)))
         spread = math.exp(float(_uniform(math.log(0.1), math.log(1.5), (), generator)))
 
@@ -187,14 +197,14 @@ class PlantedKarcherMeans(TaskFamily):
 
         # Most of a long way is a common scale: with condition numbers above 1e5 float32 says nothing.
         logs = normal(1) + 0.3 * normal(self.classes)
-        eye = torch.eye(n, dtype=torch.float64)
+        eye = torch.eye(n, dtype=torch.float64, device=generator.device)
         logs = logs - logs.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None] * eye
         turned = min(distance, 4.0) * float(_uniform(0.2, 1.0, (), generator))
         logs = logs * (turned / torch.linalg.matrix_norm(logs).mean())
         along = math.sqrt(max(distance**2 - turned**2, 0.0) / n) * (1.0 if float(draw(())) > 0.0 else -1.0)
         logs = logs + along * eye
         root = torch.linalg.matrix_exp(0.5 * logs)
-        labels = torch.arange(self.samples) % self.classes
+        labels = torch.arange(self.samples, device=generator.device) % self.classes
         noise = torch.linalg.matrix_exp(spread * normal(self.samples))
         samples = root[labels] @ noise @ root[labels]
         roots, one_hot = inverse_root(0.5 * (samples + samples.mT)), F.one_hot(labels, self.classes).double()
@@ -209,7 +219,11 @@ class PlantedKarcherMeans(TaskFamily):
 
     def init(self, data: Data, generator: torch.Generator) -> Params:
         """Return identities."""
-        return {"means": torch.eye(self.n).expand(len(data["reference"]), self.classes, self.n, self.n)}
+        return {
+            "means": torch.eye(self.n, device=generator.device).expand(
+                len(data["reference"]), self.classes, self.n, self.n
+            )
+        }
 
 
 @dataclass(frozen=True)

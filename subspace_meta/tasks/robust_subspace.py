@@ -78,11 +78,17 @@ class RobustSubspace(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw subspaces and samples, outliers first."""
-        basis = Stiefel().random_point((count, self.d, self.p), generator)
+        basis = Stiefel().random_point((count, self.d, self.p), generator, device=generator.device)
         outliers = round(self.outliers * self.samples)
-        far = torch.randn(count, outliers, self.d, generator=generator) / self.d**0.5
-        inside = torch.randn(count, self.samples - outliers, self.p, generator=generator) / self.p**0.5
-        noise = torch.randn(count, self.samples - outliers, self.d, generator=generator) / self.d**0.5
+        far = torch.randn(count, outliers, self.d, generator=generator, device=generator.device) / self.d**0.5
+        inside = (
+            torch.randn(count, self.samples - outliers, self.p, generator=generator, device=generator.device)
+            / self.p**0.5
+        )
+        noise = (
+            torch.randn(count, self.samples - outliers, self.d, generator=generator, device=generator.device)
+            / self.d**0.5
+        )
         z = torch.cat([far, inside @ basis.mT + self.noise * noise], dim=1)
         best = reweighted_subspace(z.double(), basis.double())
         values = [smoothed_distance({"x": x}, {"z": one}) for x, one in zip(best, z.double(), strict=True)]

@@ -69,8 +69,10 @@ class JointDiagonalisation(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw common bases and eigenvalues."""
-        basis = Stiefel().random_point((count, self.d, self.d), generator, torch.float64)
-        values = torch.rand(count, self.matrices, self.d, generator=generator, dtype=torch.float64)
+        basis = Stiefel().random_point((count, self.d, self.d), generator, torch.float64, device=generator.device)
+        values = torch.rand(
+            count, self.matrices, self.d, generator=generator, dtype=torch.float64, device=generator.device
+        )
         values[..., : self.p] *= 2.0
         strength = values.square().sum(dim=1)
         best = strength.topk(self.p, dim=-1)
@@ -80,7 +82,7 @@ class JointDiagonalisation(TaskFamily):
         return {
             "matrices": matrices.float(),
             "directions": directions.float(),
-            "reference": -torch.ones(count),
+            "reference": -torch.ones(count, device=generator.device),
         }
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
@@ -127,10 +129,12 @@ class IndependentComponents(TaskFamily):
 
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw mixing matrices and samples."""
-        mixing = Stiefel().random_point((count, self.d, self.d), generator)
-        sources = torch.randn(count, self.samples, self.d, generator=generator)
+        mixing = Stiefel().random_point((count, self.d, self.d), generator, device=generator.device)
+        sources = torch.randn(count, self.samples, self.d, generator=generator, device=generator.device)
         # A Laplace variable of variance 1 is a normal one times the root of an exponential one.
-        spread = -torch.rand(count, self.samples, self.p, generator=generator).clamp(min=1e-7).log()
+        spread = (
+            -torch.rand(count, self.samples, self.p, generator=generator, device=generator.device).clamp(min=1e-7).log()
+        )
         sources[..., : self.p] *= spread.sqrt()
         z = sources @ mixing.mT
         z = z - z.mean(dim=1, keepdim=True)

@@ -78,14 +78,16 @@ class SparsePCA(TaskFamily):
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Draw supports, signs and samples."""
         width = self.d // (2 * self.p)
-        loadings = torch.zeros(count, self.d, self.p)
+        loadings = torch.zeros(count, self.d, self.p, device=generator.device)
         for i in range(count):
-            support = torch.randperm(self.d, generator=generator)[: width * self.p].reshape(self.p, width)
-            signs = 2.0 * torch.randint(2, (self.p, width), generator=generator) - 1.0
-            loadings[i, support, torch.arange(self.p)[:, None]] = signs / width**0.5
-        strength = torch.linspace(2.0, 1.0, self.p).sqrt()
-        scores = torch.randn(count, self.samples, self.p, generator=generator) * strength
-        noise = 0.1**0.5 * torch.randn(count, self.samples, self.d, generator=generator)
+            support = torch.randperm(self.d, generator=generator, device=generator.device)[: width * self.p].reshape(
+                self.p, width
+            )
+            signs = 2.0 * torch.randint(2, (self.p, width), generator=generator, device=generator.device) - 1.0
+            loadings[i, support, torch.arange(self.p, device=generator.device)[:, None]] = signs / width**0.5
+        strength = torch.linspace(2.0, 1.0, self.p, device=generator.device).sqrt()
+        scores = torch.randn(count, self.samples, self.p, generator=generator, device=generator.device) * strength
+        noise = 0.1**0.5 * torch.randn(count, self.samples, self.d, generator=generator, device=generator.device)
         z = scores @ loadings.mT + noise
         data = {"covariance": z.mT @ z / self.samples}
         return {**data, "reference": reference_by_descent(self.problem, {"x": loadings}, data, 1000).float()}
@@ -151,7 +153,7 @@ class DictionaryLearning(TaskFamily):
     def draw(self, generator: torch.Generator, count: int) -> Data:
         """Return the samples as columns, once a task."""
         z = self.load()[0][: self.n].T.contiguous()
-        return once_per_task({"z": z, "reference": torch.zeros(())}, count)
+        return once_per_task({"z": z, "reference": torch.zeros((), device=z.device)}, count)
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Return all samples at every step."""

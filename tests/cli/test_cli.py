@@ -115,7 +115,7 @@ def test_a_dry_run_prints_costs_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_run_that_does_not_fit_is_warned_about(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.train, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(cli.train, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(sys, "argv", ["subspace-meta", "train", "--preset", "smoke", "--dry-run"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

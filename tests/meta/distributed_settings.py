@@ -20,7 +20,7 @@ class SometimesSpoiled(SyntheticPCA):
 
     def sample(self, data: dict[str, Tensor], generator: torch.Generator, steps: int) -> dict[str, Tensor]:
         batch = super().sample(data, generator, steps)
-        if float(torch.rand((), generator=generator)) < 0.3:
+        if float(torch.rand((), generator=generator)) < 0.5:
             batch["z"][0, self.place] = math.nan
         return batch
 
