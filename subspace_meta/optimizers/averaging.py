@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
+from subspace_meta.manifolds import Manifold
 from subspace_meta.optimizers.base import Optimizer
 
 
@@ -76,6 +78,14 @@ class Averaging:
         return moved, AveragingState(step, method, mean)
 
     def averaged(self, state: AveragingState) -> Params:
-        """Return the average as parameters: for each, the nearest point of its manifold to the mean."""
+        """Return the average as parameters: for each, the nearest point of its manifold to the mean; NaN for want of one.
+
+        A mean that is not finite has no nearest point, and the decompositions of some manifolds would raise.
+        """
         groups = zip(self.geometry.groups, state.mean, strict=True)
-        return self.geometry.scatter([group.manifold.nearest(mean) for group, mean in groups])
+        return self.geometry.scatter([_nearest(group.manifold, mean) for group, mean in groups])
+
+
+def _nearest(manifold: Manifold, mean: Tensor) -> Tensor:
+    finite = torch.isfinite(mean).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+    return torch.where(finite, manifold.nearest(torch.where(finite, mean, 1.0)), torch.nan)

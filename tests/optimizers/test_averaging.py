@@ -84,6 +84,17 @@ def test_tasks_side_by_side():
     torch.testing.assert_close(vmap(two_steps)(starts), alone, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(("manifold", "shape"), MANIFOLDS)
+def test_a_run_that_is_not_finite_spoils_itself_alone(manifold, shape):
+    geometry, params, _ = problem(manifold, shape)
+    optimizer = Averaging(sm.RSGD(geometry, 0.1))
+    state = optimizer.init(params)
+    means = torch.stack([params["x"][None], torch.full_like(params["x"], torch.nan)[None]])
+    found = vmap(lambda mean: optimizer.averaged(state._replace(mean=(mean,)))["x"])(means[:, 0])
+    torch.testing.assert_close(found[0], manifold.nearest(params["x"]), rtol=1e-10, atol=1e-12)
+    assert found[1].isnan().all()
+
+
 def test_a_negative_power_is_refused():
     geometry, _, _ = problem(sm.Stiefel(), (7, 3))
     with pytest.raises(ValueError, match="power must be at least 0, got -1"):
