@@ -278,7 +278,7 @@ class CanonicalVariates(TaskFamily):
         z = torch.stack(states, dim=1).flatten(2) @ mixing.mT
         z = z + self.noise * normal(*z.shape)
         z = z - z.mean(dim=1, keepdim=True)
-        windows = z.unfold(1, 2 * self.window, 1).flatten(2).unflatten(2, (self.channels, 2 * self.window))
+        windows = z.unfold(1, 2 * self.window, 1)  # (count, n, channels, 2 window)
         past, future = (part.flatten(2) for part in windows.split(self.window, dim=-1))
         n = past.shape[1]
 

@@ -25,7 +25,7 @@ from subspace_meta.manifolds import Grassmann
 from subspace_meta.tasks.base import Batch, Data, Problem, TaskFamily, draw_rows
 from subspace_meta.tasks.references import reference_by_descent
 
-TEMPERATURE = 0.1
+TEMPERATURE = 0.03
 RANK = 4
 
 

@@ -136,7 +136,7 @@ def cat_covariances() -> tuple[Tensor, Tensor]:
     first = torch.linspace(0.0, image.shape[1] - width, strips).long()
     pixels = torch.stack([features[:, i : i + width].flatten(0, 1) for i in first])
     pixels = pixels - pixels.mean(dim=1, keepdim=True)
-    return (pixels.mT @ pixels / pixels.shape[1]).float(), torch.linspace(0.0, 1.0, strips)
+    return (0.1 * pixels.mT @ pixels / pixels.shape[1]).float(), torch.linspace(0.0, 1.0, strips)
 
 
 def frechet_loss(params: Params, batch: Batch) -> Tensor:

@@ -84,7 +84,7 @@ class TuckerDecomposition(TaskFamily):
         """Draw factors, cores and noise of ``noise`` times the norm of the signal."""
         parts = [Stiefel().random_point((count, size, self.p), generator, torch.float64) for size in self.sizes]
         index = torch.arange(self.p)
-        fall = 0.7 ** (index[:, None, None] + index[:, None] + index).double()
+        fall = 0.6 ** (index[:, None, None] + index[:, None] + index).double()
         core = fall * torch.randn(count, self.p, self.p, self.p, generator=generator, dtype=torch.float64)
         signal = torch.einsum("npqr,nip,njq,nkr->nijk", core, *parts)
         noise = torch.randn(signal.shape, generator=generator, dtype=torch.float64)
