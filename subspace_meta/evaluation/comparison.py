@@ -302,7 +302,9 @@ def compare(
             if PEER not in cells:
                 yield task, f"{PEER} is not tuned on it in {folder}; subspace-meta archive does that"
                 continue
-            curves = run_untuned(EvaluationTask(task.row, task.family, task.instance), make, archive.SEEDS, task.horizon)
+            curves = run_untuned(
+                EvaluationTask(task.row, task.family, task.instance), make, archive.SEEDS, task.horizon
+            )
             ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)))
         except Exception as error:  # a user's code may raise anything
             yield task, f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

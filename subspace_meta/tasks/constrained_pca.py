@@ -111,7 +111,7 @@ class NonNegativePCA(TaskFamily):
 
 def group_norms(x: Tensor) -> Tensor:
     """Return |X_g| for groups of ``ROWS`` successive rows, smoothed."""
-    return (x.unflatten(0, (-1, ROWS)).square().sum(dim=(1, 2)) + SMOOTHING**2).sqrt()
+    return (x.reshape(-1, ROWS, x.shape[-1]).square().sum(dim=(1, 2)) + SMOOTHING**2).sqrt()
 
 
 def group_sparse_loss(params: Params, batch: Batch) -> Tensor:
@@ -159,7 +159,8 @@ class GroupSparsePCA(TaskFamily):
         groups = self.d // ROWS
         active = groups // 3
         basis = torch.zeros(count, groups, ROWS, self.p)
-        dense = Stiefel().random_point((count, active * ROWS, self.p), generator).unflatten(1, (active, ROWS))
+        dense = Stiefel().random_point((count, active * ROWS, self.p), generator)
+        dense = dense.reshape(count, active, ROWS, self.p)
         for i in range(count):
             basis[i, torch.randperm(groups, generator=generator)[:active]] = dense[i]
         basis = basis.flatten(1, 2)

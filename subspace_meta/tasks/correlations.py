@@ -113,7 +113,7 @@ class SlowFeatures(TaskFamily):
 
 @functools.cache
 def stereo_patches() -> tuple[Tensor, Tensor]:
-    """Return patches ``(n, 64)`` of the left image of a stereo pair and where the right one shows the same, ``(n, 64)``.
+    """Return patches ``(n, 64)`` of the left image of a stereo pair, and of the right one where it shows the same.
 
     Grey, without their means, of unit variance; where the disparity is known. The pair is the motorcycle of the
     Middlebury benchmark (Scharstein et al., "High-resolution stereo datasets with subpixel-accurate ground truth",
@@ -139,13 +139,13 @@ def stereo_patches() -> tuple[Tensor, Tensor]:
 
 
 def negative_covariance(params: Params, batch: Batch) -> Tensor:
-    """Return -tr U^T E[a b^T] V / (the largest value that it can have) for samples ``a`` ``(B, d)``, ``b`` ``(B, n)``."""
+    """Return -tr U^T E[a b^T] V over its largest value, for samples ``a`` ``(B, d)`` and ``b`` ``(B, n)``."""
     along = (batch["a"] @ params["u"]) * (batch["b"] @ params["v"])
     return -(along * batch["scale"].unsqueeze(-1)).sum() / along.shape[0]
 
 
 def negative_covariance_of_all(params: Params, data: Data) -> Tensor:
-    """Return -tr U^T C V / (the largest value that it can have)."""
+    """Return -tr U^T C V over its largest value."""
     return -(params["u"] * (data["cross"] @ params["v"])).sum()
 
 

@@ -2,8 +2,8 @@
 
 *Attention.* One layer of attention whose query, key and value projections have orthonormal columns finds, among pairs
 of a key and a class, the class of the key that is asked for. Minimise the mean cross-entropy. Sources: Vaswani et al.,
-"Attention is all you need", NeurIPS 2017; the task: Graves, Wayne, Danihelka, "Neural Turing machines", 2014 (associative
-recall), in the form of Arora et al., "Zoology: measuring and improving recall in efficient language models", ICLR 2024.
+"Attention is all you need", NeurIPS 2017; the task: Graves, Wayne, Danihelka, "Neural Turing machines", 2014, in the
+form of Arora et al., "Zoology: measuring and improving recall in efficient language models", ICLR 2024.
 
 *Sines.* A network that is an image: from the coordinates of a pixel to its grey level, with sines between orthogonal
 layers. Minimise the mean squared error. Source: Sitzmann, Martel, Bergman, Lindell, Wetzstein, "Implicit neural
@@ -31,7 +31,7 @@ FREQUENCY = 6.0
 
 
 def recall_logits(params: Params, batch: Batch) -> Tensor:
-    """Return logits ``(B, classes)`` for pairs ``tokens`` ``(B, L, d)`` and what is asked for, ``question`` ``(B, d)``."""
+    """Return logits ``(B, classes)`` for pairs ``tokens`` ``(B, L, d)`` and a key ``question`` ``(B, d)``."""
     tokens = batch["tokens"]
     query = batch["question"] @ params["query"]
     scores = ((tokens @ params["key"]) @ query[:, :, None])[..., 0]

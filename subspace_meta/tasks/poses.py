@@ -138,7 +138,7 @@ def pose_loss(params: Params, batch: Batch) -> Tensor:
     """
     r, t = params["r"].flatten(1), params["t"]
     # Products with one-hot rows, not an index: their derivative is a product again, not a scatter.
-    first, second = ((batch[name] @ r).unflatten(1, (3, 3)) for name in ("tail", "head"))
+    first, second = ((batch[name] @ r).reshape(-1, 3, 3) for name in ("tail", "head"))
     turn = second - first @ batch["turns"]
     shift = (batch["head"] - batch["tail"]) @ t - turned(first, batch["shifts"])
     return (turn.square().sum() + TRANSLATION_WEIGHT * shift.square().sum()) / turn.shape[0]
@@ -188,9 +188,7 @@ class PoseAveraging(TaskFamily):
         place = torch.stack([angle.cos(), angle.sin(), angle / (2.0 * math.pi) - 1.0], dim=-1)
         near = [(i, i + step) for step in range(1, self.reach + 1) for i in range(n - step)]
         far = torch.triu_indices(n, n, self.reach + 1)
-        chosen = torch.stack(
-            [torch.randperm(far.shape[1], generator=generator)[: self.closures] for _ in range(count)]
-        )
+        chosen = torch.stack([torch.randperm(far.shape[1], generator=generator)[: self.closures] for _ in range(count)])
         path = torch.tensor(near).mT.expand(count, 2, -1)
         tail, head = torch.cat([path, far[:, chosen].movedim(0, 1)], dim=-1).unbind(1)  # (count, E) each
         truth = Rotations().random_point((count, n, 3, 3), generator)
@@ -305,8 +303,9 @@ class EssentialMatrices(TaskFamily):
     """The relative pose of each of several pairs of cameras, from directions that correspond, some of them wrongly.
 
     Cameras see all around; points are one and a half to four and a half times as far as the cameras are apart, whose
-    orientations differ by about half a radian. The reference is what descent in float64 reaches from the truth: the best known value; twisted pairs attain it as well. The metric is
-    the mean distance of the essential matrices, up to sign.
+    orientations differ by about half a radian. The reference is what descent in float64 reaches from the truth: the
+    best known value; the twisted pose has the same essential matrix, up to sign. The metric is the mean distance of the
+    essential matrices, up to sign.
     """
 
     pairs: int

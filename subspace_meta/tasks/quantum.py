@@ -111,7 +111,7 @@ class StateTomography(TaskFamily):
         p = torch.func.vmap(outcome_probabilities, in_dims=(0, None))(truth, vectors)
         draws = torch.multinomial(p.flatten(0, 1), self.shots, replacement=True, generator=generator)
         counts = torch.zeros(len(draws), d).scatter_add_(1, draws, torch.ones(draws.shape))
-        frequencies = (counts / self.shots).unflatten(0, (count, -1))
+        frequencies = (counts / self.shots).reshape(count, -1, d)
         data = {
             "frequencies": frequencies,
             "entropy": -torch.xlogy(frequencies, frequencies).sum(dim=-1),

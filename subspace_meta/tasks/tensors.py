@@ -1,13 +1,13 @@
-"""Tensors of low rank with three axes: Tucker's form, and sums of rank-one tensors. All factors are blocks of one matrix.
+"""Tensors of low rank with three axes: Tucker's form, and sums of rank-one tensors; the factors are blocks of a matrix.
 
-*Tucker.* minimise 1 - |T x_1 U^T x_2 V^T x_3 W^T|^2 / |T|^2 over St(a, p) x St(b, p) x St(c, p), the core being the best
-one. Sources: De Lathauwer, De Moor, Vandewalle, "On the best rank-1 and rank-(R1, R2, ..., RN) approximation of
-higher-order tensors", SIAM J. Matrix Anal. 21 (2000); Elden and Savas, "A Newton-Grassmann method for computing the best
-multilinear rank-(r1, r2, r3) approximation of a tensor", SIAM J. Matrix Anal. 31 (2009).
+*Tucker.* minimise 1 - |T x_1 U^T x_2 V^T x_3 W^T|^2 / |T|^2 over St(a, p) x St(b, p) x St(c, p), with the best
+core. Sources: De Lathauwer, De Moor, Vandewalle, "On the best rank-1 and rank-(R1, R2, ..., RN) approximation of
+higher-order tensors", SIAM J. Matrix Anal. 21 (2000); Elden and Savas, "A Newton-Grassmann method for computing the
+best multilinear rank-(r1, r2, r3) approximation of a tensor", SIAM J. Matrix Anal. 31 (2009).
 
 *Rank-one terms.* minimise |T - sum_r w_r u_r o v_r o w_r|^2 / |T|^2 over unit vectors and weights. Sources: Kolda and
-Bader, "Tensor decompositions and applications", SIAM Review 51 (2009); Breiding and Vannieuwenhoven, "A Riemannian trust
-region method for the canonical tensor rank approximation problem", SIAM J. Optim. 28 (2018).
+Bader, "Tensor decompositions and applications", SIAM Review 51 (2009); Breiding and Vannieuwenhoven, "A Riemannian
+trust region method for the canonical tensor rank approximation problem", SIAM J. Optim. 28 (2018).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Sizes = tuple[int, int, int]
 
 def factors(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the blocks of ``x`` ``(a + b + c, p)`` for a tensor ``(a, b, c)``."""
-    u, v, w = x.split(list(like.shape), dim=0)
+    u, v, w = torch.split(x, list(like.shape), dim=0)
     return u, v, w
 
 
@@ -167,13 +167,13 @@ class RankOneTerms(TaskFamily):
             parts.append((1.0 - self.common) ** 0.5 * frame[..., 1:] + self.common**0.5 * frame[..., :1])
         weights = torch.linspace(1.0, 0.5, self.terms, dtype=torch.float64).expand(count, -1)
         signal = torch.einsum("nr,nir,njr,nkr->nijk", weights, *parts)
-        size = signal.square().sum(dim=(1, 2, 3)).sqrt()
+        norm = signal.square().sum(dim=(1, 2, 3)).sqrt()
         noise = torch.randn(signal.shape, generator=generator, dtype=torch.float64)
         noisy = _unit(signal) + self.noise * _unit(noise)
         length = noisy.square().sum(dim=(1, 2, 3)).sqrt()
         data = {"tensor": noisy / length[:, None, None, None]}
         truth = torch.cat(parts, dim=1)
-        start = {"x": truth, "weights": weights / (size * length)[:, None]}
+        start = {"x": truth, "weights": weights / (norm * length)[:, None]}
         reference = reference_by_descent(self.problem, start, data, 1000)
         return {"tensor": data["tensor"].float(), "truth": truth.float(), "reference": reference.float()}
 
