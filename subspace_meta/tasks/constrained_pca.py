@@ -97,7 +97,7 @@ class NonNegativePCA(TaskFamily):
         noise = (self.noise / self.p) ** 0.5 * torch.randn(count, self.samples, self.d, generator=generator)
         z = scores @ components.mT + noise
         covariance = z.mT @ z / self.samples
-        reference = reference_by_descent(self.problem, {"x": components}, {"covariance": covariance}, 1000)
+        reference = reference_by_descent(self.problem, {"x": components}, {"covariance": covariance})
         return {"z": z, "covariance": covariance, "components": components, "reference": reference.float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
@@ -169,7 +169,7 @@ class GroupSparsePCA(TaskFamily):
         noise = (0.1 / self.p) ** 0.5 * torch.randn(count, self.samples, self.d, generator=generator)
         z = scores @ basis.mT + noise
         data = {"covariance": z.mT @ z / self.samples}
-        return {**data, "reference": reference_by_descent(self.problem, {"x": basis}, data, 2000).float()}
+        return {**data, "reference": reference_by_descent(self.problem, {"x": basis}, data).float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Return the covariance at every step."""

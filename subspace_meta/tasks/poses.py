@@ -106,7 +106,7 @@ class PhaseSynchronisation(TaskFamily):
             "pairs": 2.0 * upper.sum(dim=(1, 2)),
         }
         truth = torch.stack([phase.cos(), phase.sin()], dim=1)
-        reference = reference_by_descent(self.problem, {"z": truth}, data, 2000).float()
+        reference = reference_by_descent(self.problem, {"z": truth}, data).float()
         return {**data, "truth": truth, "reference": reference}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
@@ -203,7 +203,7 @@ class PoseAveraging(TaskFamily):
             "shifts": shifts + self.noise / 3.0 * torch.randn(*edges, 3, generator=generator),
         }
         start = {"r": truth, "t": place.expand(count, n, 3)}
-        return {**data, "truth": truth, "reference": reference_by_descent(self.problem, start, data, 3000).float()}
+        return {**data, "truth": truth, "reference": reference_by_descent(self.problem, start, data).float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Return the measurements at every step."""
@@ -268,7 +268,7 @@ class Registration(TaskFamily):
         weights = seen.float() / seen.sum(dim=-1, keepdim=True)
         data = {"points": points, "weights": weights}
         start = {"r": truth, "t": shift}
-        return {**data, "truth": truth, "reference": reference_by_descent(self.problem, start, data, 1000).float()}
+        return {**data, "truth": truth, "reference": reference_by_descent(self.problem, start, data).float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
         """Draw points, with replacement."""
@@ -338,7 +338,7 @@ class EssentialMatrices(TaskFamily):
         a, b = (F.normalize(x + self.noise * torch.randn(*shape, 3, generator=generator), dim=-1) for x in seen)
         data = {"a": a, "b": b}
         truth = torch.linalg.cross(t[..., None].expand_as(turn), turn, dim=-2)
-        reference = reference_by_descent(self.problem, {"r": turn, "t": t[..., None]}, data, 1000).float()
+        reference = reference_by_descent(self.problem, {"r": turn, "t": t[..., None]}, data).float()
         return {**data, "truth": truth, "reference": reference}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:

@@ -90,7 +90,7 @@ class TuckerDecomposition(TaskFamily):
         noise = torch.randn(signal.shape, generator=generator, dtype=torch.float64)
         tensor = _unit(_unit(signal) + self.noise * _unit(noise))
         truth = torch.cat(parts, dim=1)
-        reference = reference_by_descent(self.problem, {"x": truth}, {"tensor": tensor}, 1000)
+        reference = reference_by_descent(self.problem, {"x": truth}, {"tensor": tensor})
         return {"tensor": tensor.float(), "truth": truth.float(), "reference": reference.float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
@@ -174,7 +174,7 @@ class RankOneTerms(TaskFamily):
         data = {"tensor": noisy / length[:, None, None, None]}
         truth = torch.cat(parts, dim=1)
         start = {"x": truth, "weights": weights / (norm * length)[:, None]}
-        reference = reference_by_descent(self.problem, start, data, 1000)
+        reference = reference_by_descent(self.problem, start, data)
         return {"tensor": data["tensor"].float(), "truth": truth.float(), "reference": reference.float()}
 
     def sample(self, data: Data, generator: torch.Generator, steps: int) -> Batch:
