@@ -6,12 +6,16 @@ eigenvectors and semidefinite programming", Appl. Comput. Harmon. Anal. 30 (2011
 of the maximum likelihood semidefinite relaxation for angular synchronization", Math. Program. 163 (2017): with little
 noise the global minimum has a certificate, which the tests check.
 
-*Pose averaging.* minimise the mean over the edges of a graph of |R_j - R_i R_ij|^2 + tau |t_j - t_i - R_i t_ij|^2 over
-SO(3)^N x R^{3N}. Source: Rosen, Carlone, Bandeira, Leonard, "SE-Sync", IJRR 38 (2019), problem 1.
+*Pose averaging.* minimise the mean over the edges of a graph of |R_j - R_i R_ij|^2 + tau rho(|t_j - t_i - R_i t_ij|^2)
+over SO(3)^N x R^{3N}. Source: Rosen, Carlone, Bandeira, Leonard, "SE-Sync", IJRR 38 (2019), problem 1.
 
 *Registration.* N views, each a rigid motion of a part of one cloud of points, with known correspondences: minimise the
-mean over points of the weighted variance of its images R_i p_ik + t_i. Source: Chaudhury, Khoo, Singer, "Global
-registration of multiple point clouds using semidefinite programming", SIAM J. Optim. 25 (2015).
+weighted mean of rho(|R_i p_ik + t_i - c_k|^2), c_k the mean of the images of point k. Source: Chaudhury, Khoo, Singer,
+"Global registration of multiple point clouds using semidefinite programming", SIAM J. Optim. 25 (2015).
+
+In both rho(s) = 2 (sqrt(1 + s) - 1), which is s near 0 and grows like a distance far away, as is usual where a
+correspondence may be wrong (Charbonnier et al., "Deterministic edge-preserving regularization in computed imaging",
+IEEE Trans. Image Process. 6, 1997); its gradient is bounded, whatever the translations.
 
 *Essential matrices.* minimise the mean of sqrt(e^2 + c^2) - c, e = b^T [t]_x R a, over SO(3) x S^2, for corresponding
 directions a, b in two views. Sources: Helmke, Huper, Lee, Moore, "Essential matrix estimation using Gauss-Newton
@@ -131,8 +135,13 @@ def relative_pose_error(params: Params, data: Data) -> Tensor:
     return (r @ r.mT - truth @ truth.mT).square().sum().sqrt() / params["r"].shape[0]
 
 
+def robust(squares: Tensor) -> Tensor:
+    """Return 2 (sqrt(1 + s) - 1), without cancellation near 0."""
+    return 2.0 * squares / ((1.0 + squares).sqrt() + 1.0)
+
+
 def pose_loss(params: Params, batch: Batch) -> Tensor:
-    """Return the mean over edges of |R_j - R_i R_ij|^2 + tau |t_j - t_i - R_i t_ij|^2.
+    """Return the mean over edges of |R_j - R_i R_ij|^2 + tau rho(|t_j - t_i - R_i t_ij|^2).
 
     ``tail`` and ``head`` ``(E, N)`` pick i and j; ``turns`` ``(E, 3, 3)`` and ``shifts`` ``(E, 3)`` are measured.
     """
@@ -141,7 +150,7 @@ def pose_loss(params: Params, batch: Batch) -> Tensor:
     first, second = ((batch[name] @ r).reshape(-1, 3, 3) for name in ("tail", "head"))
     turn = second - first @ batch["turns"]
     shift = (batch["head"] - batch["tail"]) @ t - turned(first, batch["shifts"])
-    return (turn.square().sum() + TRANSLATION_WEIGHT * shift.square().sum()) / turn.shape[0]
+    return (turn.square().sum() + TRANSLATION_WEIGHT * robust(shift.square().sum(dim=-1)).sum()) / turn.shape[0]
 
 
 @functools.cache
@@ -211,15 +220,14 @@ class PoseAveraging(TaskFamily):
 
 
 def registration_loss(params: Params, batch: Batch) -> Tensor:
-    """Return the mean over points of the weighted variance of their images.
+    """Return the mean over points of the weighted mean of rho(squared distance of an image from the centre of all).
 
     ``points`` ``(B, N, 3)`` are what the N views see, ``weights`` ``(B, N)`` sum to 1 over the views, 0 where not seen.
     """
-    weights = batch["weights"][..., None]
+    weights = batch["weights"]
     images = torch.einsum("nij,bnj->bni", params["r"], batch["points"]) + params["t"]
-    # From the centre itself: the difference of second moments would lose small residuals to rounding.
-    residual = images - (weights * images).sum(dim=1, keepdim=True)
-    return (weights * residual.square()).sum() / images.shape[0]
+    residual = images - (weights[..., None] * images).sum(dim=1, keepdim=True)
+    return (weights * robust(residual.square().sum(dim=-1))).sum() / images.shape[0]
 
 
 @functools.cache

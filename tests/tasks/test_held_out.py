@@ -129,12 +129,14 @@ def test_no_data_of_it_are_elsewhere(monkeypatch):
 
 
 def test_nothing_of_the_partition_is_loaded_by_it():
+    """And the suite says where the minimum is unknown."""
     loads = {load for loads in (*data.TRAINING.values(), *data.EVALUATION.values()) for load in loads}
     for load in loads:
         load.cache_clear()
     for task in held_out_suite():
         one = task.family.draw(torch.Generator().manual_seed(0), 1)
         task.family.sample(one, torch.Generator().manual_seed(0), 1)
+        assert (task.reference == "lower bound") == bool(one["reference"] == 0.0)
     assert not any(load.cache_info().misses for load in loads)
 
 
@@ -268,12 +270,6 @@ def test_the_best_of_several_random_starts_attains_the_best_known_value_and_no_l
     assert min(values) == pytest.approx(reference, abs=2e-6 * (abs(reference) + 1))
 
 
-@pytest.mark.parametrize("task", HELD_OUT, ids=lambda task: task.row)
-def test_references_say_what_they_are(task):
-    reference = drawn(task.family)[2]
-    assert (task.reference == "lower bound") == (reference == 0.0)
-
-
 def test_phase_synchronisation_is_certified():
     """With these multipliers the dual matrix is positive semidefinite and vanishes on the solution."""
     family = next(task.family for task in HELD_OUT if "phase" in task.row)
@@ -308,36 +304,41 @@ def test_poses_without_noise_have_no_error_wherever_the_world_is():
     for family in (PoseAveraging(6, closures=4, noise=0.0), Registration(4, 20, noise=0.0)):
         exact, measured, reference = drawn(family)
         assert abs(reference) < 1e-10
-        found = descend(family.problem, random_start(family, 0), measured, 2000)
+        for start in range(6):
+            found = descend(family.problem, random_start(family, start), measured, 200, tolerance=1e-6)
+            if float(family.problem.objective(found, measured)) < 1e-10:
+                break
+        assert float(family.problem.objective(found, measured)) < 1e-10
+        assert float(family.problem.metric(found, exact)) < 1e-3
         world, shift = sm.Rotations().random_point((3, 3), dtype=torch.float64), normal(3)
         moved = {"r": world @ found["r"], "t": found["t"] @ world.mT + shift}
         for function in (family.problem.objective, family.problem.metric):
             assert float(function(moved, measured)) == pytest.approx(float(function(found, measured)), abs=1e-9)
-        if float(family.problem.objective(found, measured)) < 1e-10:
-            assert float(family.problem.metric(found, exact)) < 1e-3
-    truth = {"r": exact["truth"], "t": torch.zeros(4, 3, dtype=torch.float64)}
-    assert float(family.problem.metric(truth, exact)) < 1e-6
+        other = {"r": found["r"].mT, "t": found["t"]}
+        assert float(family.problem.metric(other, exact)) > 0.1
 
 
-def test_the_variance_of_registration_is_its_formula():
+def test_the_loss_of_registration_is_its_formula():
     family = Registration(3, 5)
     exact, _, _ = drawn(family)
     start = random_start(family, 2)
     total = 0.0
     for points, weights in zip(exact["points"], exact["weights"], strict=True):
         images = torch.stack([r @ p + t for r, p, t in zip(start["r"], points, start["t"], strict=True)])
-        total += float((weights * (images - weights @ images).square().sum(dim=-1)).sum())
+        apart = (images - weights @ images).square().sum(dim=-1)
+        total += float((weights * 2.0 * ((1.0 + apart).sqrt() - 1.0)).sum())
         assert float(weights.sum()) == pytest.approx(1.0)
         assert int((weights > 0).sum()) >= 1
     assert float(family.problem.objective(start, exact)) == pytest.approx(total / 5)
 
 
-def test_the_epipolar_error_vanishes_at_the_truth_and_at_the_twisted_pose():
+def test_the_epipolar_error_vanishes_at_the_truth_and_the_twisted_pose_has_the_same():
     family = EssentialMatrices(2, 30, outliers=0.0, noise=0.0)
     exact, measured, reference = drawn(family)
     assert abs(reference) < 1e-9
-    found = descend(family.problem, random_start(family, 0), measured, 2000)
+    found = descend(family.problem, random_start(family, 0), measured, 50)
     a, b = exact["a"], exact["b"]
+    assert float(torch.einsum("bki,kij,bkj->bk", b, exact["truth"], a).abs().max()) < 1e-6
     for k in range(2):
         t = found["t"][k, :, 0]
         cross = torch.stack([torch.linalg.cross(t, e) for e in torch.eye(3, dtype=torch.float64)], dim=1)
@@ -416,7 +417,7 @@ def test_functions_of_the_span_are():
     turn = torch.linalg.qr(normal(4, 4))[0]
     for family, name, by in (
         (SlowFeatures(10, 3, 300), "x", q),
-        (GroupSparsePCA(12, 3, 50), "x", q),
+        (GroupSparsePCA(18, 3, 50), "x", q),
         (MovingBodies(2, 4, 20), "x", turn),
     ):
         _, measured, _ = drawn(family)
