@@ -14,6 +14,10 @@ from subspace_meta.evaluation import archive
 
 
 def archive_command(
+    suite: Annotated[
+        str,
+        typer.Option(help="full: all tasks of the suite; quick: ten small ones; test: the test set."),
+    ] = "full",
     tasks: Annotated[str, typer.Option(help="Only tasks whose name matches this pattern.")] = "*",
     baselines: Annotated[str, typer.Option(help="Only baselines whose name matches this pattern.")] = "*",
     own: Annotated[
@@ -38,7 +42,7 @@ def archive_command(
     if not chosen:
         raise UsageError(f"no baseline matches {baselines!r}; there are: {', '.join(b.name for b in archive.KEPT)}")
     try:
-        todo = archive.missing(chosen_tasks("full", tasks, own), chosen, folder)
+        todo = archive.missing(chosen_tasks(suite, tasks, own), chosen, folder)
     except ValueError as error:
         raise UsageError(str(error)) from error
     typer.echo(f"missing or stale: {len(todo)}")

@@ -20,11 +20,13 @@ from rich.table import Table
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.comparison import QUICK
 from subspace_meta.tasks.data import DATA_VARIABLE
+from subspace_meta.tasks.held_out import held_out_suite
 from subspace_meta.tasks.suite import SuiteTask, evaluation_suite
 
 console = Console(stderr=True)
 
 
+SUITES = ("full", "quick", "test")
 WIDE = 200  # columns that tables of the suite need not to wrap
 
 
@@ -112,11 +114,16 @@ def _own_tasks(path: str) -> list[SuiteTask]:
 
 
 def chosen_tasks(suite: str, pattern: str, own: str) -> list[SuiteTask]:
-    """Return the tasks that the options mean, those without their data left out with a word."""
-    if suite not in ("full", "quick"):
-        raise UsageError(f"there is no suite {suite!r}; there are: full, quick")
-    tasks = _own_tasks(own) if own else list(evaluation_suite())
-    named = [task for task in tasks if own or suite == "full" or task.row in QUICK]
+    """Return the tasks that the options mean, those without their data left out with a word.
+
+    The test set is in no other suite: it has to be named.
+    """
+    if suite not in SUITES:
+        raise UsageError(f"there is no suite {suite!r}; there are: {', '.join(SUITES)}")
+    if suite == "test" and own:
+        raise UsageError("give --own or --suite test, not both")
+    tasks = _own_tasks(own) if own else list(held_out_suite() if suite == "test" else evaluation_suite())
+    named = [task for task in tasks if own or suite != "quick" or task.row in QUICK]
     exact = [task for task in named if task.row.lower() == pattern.lower()]  # a name may hold what patterns are made of
     matching = exact or [task for task in named if fnmatch.fnmatch(task.row.lower(), pattern.lower())]
     if not matching:

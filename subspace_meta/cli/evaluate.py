@@ -28,6 +28,11 @@ from subspace_meta.optimizers.subspace import SubspaceOptimizer
 from subspace_meta.tasks.placement import moved
 from subspace_meta.weights import FOLDER, RELEASES
 
+TEST_RULE = (
+    "This is the test set, for weights that are released: record this use, with its date, in "
+    "subspace_meta/weights/MODEL_CARD.md, whatever it says; nothing is chosen by it."
+)
+
 
 def evaluate_command(
     weights: Annotated[
@@ -36,7 +41,13 @@ def evaluate_command(
     optimizer: Annotated[
         str, typer.Option(help="Instead: package.module:factory, a function of a Geometry that returns an optimizer.")
     ] = "",
-    suite: Annotated[str, typer.Option(help="full: all tasks of the suite; quick: ten small ones.")] = "full",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="full: all tasks of the suite; quick: ten small ones; test: the test set, for releases only, "
+            "each use a line in the model card."
+        ),
+    ] = "full",
     tasks: Annotated[str, typer.Option(help="Only tasks whose name matches this pattern, *PCA* for instance.")] = "*",
     own: Annotated[
         str, typer.Option(help="package.module:tasks, a sequence of your own SuiteTask, instead of the suite.")
@@ -58,6 +69,8 @@ def evaluate_command(
     where = device_named(device)
     name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer, where)
     chosen = chosen_tasks(suite, tasks, own)
+    if suite == "test":
+        console.print(TEST_RULE)
     if out is not None:
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out is a folder; {out} is a file")

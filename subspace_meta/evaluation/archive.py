@@ -228,6 +228,7 @@ def code_hash(task: SuiteTask, baseline: Baseline) -> str:
     parts += [
         repr((task.row, tasks_base.describe(task.family), task.horizon, SEEDS, protocol.GRID, protocol.MAX_EXTENSIONS))
     ]
+    parts += [f"instance {task.instance}"] if task.instance else []
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -320,7 +321,7 @@ def lacking(task: SuiteTask, cells: Mapping[str, Cell], baselines: Sequence[Base
 def make_cell(task: SuiteTask, baseline: Baseline) -> Cell:
     """Tune one baseline on one task; one that needs no tuning is run at its default."""
     torch.set_num_threads(1)
-    drawn = EvaluationTask(task.row, task.family)
+    drawn = EvaluationTask(task.row, task.family, task.instance)
     if baseline in UNTUNED:
         assert baseline.default is not None
         curves = run_baseline(drawn, baseline, (baseline.default,), SEEDS, task.horizon)
@@ -343,7 +344,7 @@ def confirm(task: SuiteTask, baseline: Baseline, cell: Cell) -> Cell | None:
     if cell.steps[-1] != task.horizon or cell.log_excess.shape[1] != SEEDS:
         return None
     horizon = min(CONFIRMED, task.horizon)
-    curves = run_baseline(EvaluationTask(task.row, task.family), baseline, cell.rates, SEEDS, horizon)
+    curves = run_baseline(EvaluationTask(task.row, task.family, task.instance), baseline, cell.rates, SEEDS, horizon)
     if not math.isclose(curves.reference, cell.reference, rel_tol=1e-3, abs_tol=1e-6):
         return None
     for step in curves.checkpoints:

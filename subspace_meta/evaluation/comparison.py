@@ -333,7 +333,7 @@ def compare(
             if PEER not in cells:
                 yield task, f"{PEER} is not tuned on it in {folder}; subspace-meta archive does that"
                 continue
-            drawn = placed(EvaluationTask(task.row, task.family), device)
+            drawn = placed(EvaluationTask(task.row, task.family, task.instance), device)
             curves = run_untuned(drawn, make, archive.SEEDS, task.horizon).on_cpu()
             told = _told(drawn, make, task.horizon)
             ours, peers = seconds_of_a_step(task, (make, lambda geometry: RAdam(geometry, 1e-2)), device=device)

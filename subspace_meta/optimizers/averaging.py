@@ -78,7 +78,7 @@ class Averaging:
         return moved, AveragingState(step, method, mean)
 
     def averaged(self, state: AveragingState) -> Params:
-        """Return the average as parameters: for each, the nearest point of its manifold to the mean; NaN for want of one.
+        """Return the average as parameters: for each, the nearest point of its manifold to the mean (NaN without one).
 
         A mean that is not finite has no nearest point, and the decompositions of some manifolds would raise.
         """

@@ -8,6 +8,7 @@ from subspace_meta.tasks.covariances import IncompleteCovariance, KarcherMeans, 
 from subspace_meta.tasks.discriminant import TraceRatio
 from subspace_meta.tasks.eigenvalues import LeadingSubspace, OrderedEigenvectors, RayleighQuotient
 from subspace_meta.tasks.graphs import MaxCut
+from subspace_meta.tasks.held_out import held_out_suite
 from subspace_meta.tasks.low_rank import LowRankFactorisation, MatrixCompletion
 from subspace_meta.tasks.networks import AddingProblem, NetworkClassification
 from subspace_meta.tasks.pca import SampledPCA, SyntheticPCA
@@ -47,4 +48,5 @@ __all__ = [
     "UnbalancedProcrustes",
     "Wahba",
     "evaluation_suite",
+    "held_out_suite",
 ]

@@ -51,6 +51,7 @@ class SuiteTask:
             objective cannot go below, the minimum being unknown.
         needs_file: the file that it reads in the folder that ``SUBSPACE_META_DATA`` names, if any.
         horizon: number of steps, at least 20, the first step at which losses are compared.
+        instance: what is added to the seeds of the evaluation, of the draw and of the starts.
     """
 
     row: str
@@ -61,6 +62,7 @@ class SuiteTask:
     reference: Reference
     needs_file: str = ""
     horizon: int = 400
+    instance: int = 0
 
     def __post_init__(self) -> None:
         if self.horizon < 20:

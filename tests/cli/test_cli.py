@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import subspace_meta as sm
 from subspace_meta import cli
 from subspace_meta.benchmarks import memory
+from subspace_meta.tasks import held_out_suite
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -103,6 +104,40 @@ def test_an_archive_of_ones_own_tasks(tmp_path: Path) -> None:
     assert "direction" in partly.stdout
 
 
+def test_the_test_set_has_to_be_named_and_its_use_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No optimizer is run on it here: a folder without tuned baselines ends the command before."""
+
+    def here(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["subspace-meta", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, printed.out, " ".join(printed.err.split())
+
+    monkeypatch.chdir(tmp_path)
+    rows = {task.row for task in held_out_suite()}
+    for suite in ("full", "quick"):
+        assert not rows & {task.row for task in cli.common.chosen_tasks(suite, "*", "")}
+    assert {task.row for task in cli.common.chosen_tasks("test", "*", "")} == rows
+    options = ("--archive", "none", "--quiet")
+    for weights in ((), ("--optimizer", "subspace_meta:RSGD")):
+        code, _, errors = here("evaluate", "--suite", "test", *weights, *options, "--tasks", "phase*")
+        assert code == 2
+        assert "record this use, with its date" in errors
+        assert "MODEL_CARD.md" in errors
+        assert "RAdam is not tuned on it in none" in errors
+    assert "MODEL_CARD" not in here("evaluate", *options, "--tasks", "wahba*")[2]
+    common = ("--archive", "none", "--baselines", "radam", "--dry-run")
+    planned = here("archive", "--suite", "test", *common)[1].splitlines()
+    assert planned[0] == f"missing or stale: {len(rows)}"
+    assert {line.removesuffix(": RAdam") for line in planned[1:]} == rows
+    assert planned[1].startswith("blind deconvolution 64"), "small tasks first"
+    assert not rows & {line.removesuffix(": RAdam") for line in here("archive", *common)[1].splitlines()}
+
+
 def test_a_dry_run_prints_costs_and_writes_nothing(tmp_path: Path) -> None:
     done = run("train", "--preset", "smoke", "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -180,7 +215,9 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("train", "--resume"), ("--resume needs --name",)),
         (("train", "--resume", "--name", "none"), ("runs/none", "without --resume")),
         (("trane",), ("No such command 'trane'",)),
-        (("evaluate", "--suite", "mnist"), ("no suite 'mnist'", "full, quick")),
+        (("evaluate", "--suite", "mnist"), ("no suite 'mnist'", "full, quick, test")),
+        (("archive", "--suite", "mnist"), ("no suite 'mnist'", "full, quick, test")),
+        (("evaluate", "--suite", "test", "--own", "json:dumps"), ("--own or --suite test, not both",)),
         (("evaluate", "--tasks", "nothing*"), ("no task matches 'nothing*'", "leading subspace 200x20")),
         (("evaluate", "--optimizer", "nowhere:make"), ("nowhere:make", "No module named 'nowhere'")),
         (("evaluate", "--optimizer", "json.dumps"), ("package.module:name", "json.dumps")),

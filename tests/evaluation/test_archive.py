@@ -21,7 +21,7 @@ from subspace_meta.evaluation.archive import (
 )
 from subspace_meta.evaluation.protocol import BASELINES, EvaluationTask, tune
 from subspace_meta.manifolds import Stiefel
-from subspace_meta.tasks import SyntheticPCA
+from subspace_meta.tasks import SyntheticPCA, held_out_suite
 from subspace_meta.tasks.suite import SuiteTask, evaluation_suite
 
 FAMILY = SyntheticPCA(8, 2, batch_size=8, log10_scale=(0.0, 0.0), manifold=Stiefel())
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_told(tmp_path, damage):
 def test_the_archive_that_ships_is_small_and_whole():
     files = sorted(archive.FOLDER.glob("*.json.gz"))
     assert sum(path.stat().st_size for path in files) < 5e6
-    rows = {path_of(task.row): task for task in evaluation_suite()}
+    rows = {path_of(task.row): task for task in (*evaluation_suite(), *held_out_suite())}
     assert files
     for path in files:
         task = rows[path]  # no file without a task
