@@ -59,6 +59,8 @@ def test_what_is_missing(call: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path
     native.library.cache_clear()
     try:
         code, works, findings = found_by(call)
+        monkeypatch.delenv("SUBSPACE_META_DATA")
+        assert "two tasks" in found_by(call)[2]["data folder"]["found"]
     finally:
         native.library.cache_clear()
     assert (code, works) == (0, True)
@@ -67,8 +69,6 @@ def test_what_is_missing(call: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "no-such-compiler" in findings["native kernels"]["advice"]
     assert findings["no-such-package"]["advice"] == "pip install 'subspace-meta[train]', for nothing"
     assert findings["data folder"]["advice"].startswith("put yaleb_32x32.npz there")
-    monkeypatch.delenv("SUBSPACE_META_DATA")
-    assert "two tasks" in found_by(call)[2]["data folder"]["found"]
 
 
 def test_the_tasks_that_need_files() -> None:

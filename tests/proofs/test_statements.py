@@ -1092,8 +1092,8 @@ def test_optimizer_memory(shapes, hidden):
         return sum(leaf.numel() for leaf in pytree.tree_leaves(state))
 
     assert count(paper.init(layout, points)) == (4 * hidden + 1) * coordinates
-    # The count of steps is shared by all matrices.
-    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + 7 * len(shapes) + entries + 1
+    # The count of steps, and how many there will be, are shared by all matrices.
+    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + 7 * len(shapes) + entries + 2
     for adapter in (paper, base):
         weights = {name: value.double() for name, value in adapter.init_weights().items()}
         assert {name: tuple(value.shape) for name, value in weights.items()} == adapter.weight_shapes()
