@@ -1,12 +1,12 @@
 """What users read first must run: the README's example and the files in examples/."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from loading import module_at
 
 import subspace_meta as sm
 from subspace_meta.benchmarks.geometry import resnet50_convolutions
@@ -15,12 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / "examples" / f"{name}.py")
 
 
 def test_the_examples_of_the_readme() -> None:

@@ -1,7 +1,6 @@
 """The documentation site: what it lists is all there is. ``make docs`` builds it; nothing here needs its packages."""
 
 import importlib
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from loading import module_at
 
 import subspace_meta as sm
 from subspace_meta import manifolds, meta, optim, tasks
@@ -19,12 +19,7 @@ BLOCK = re.compile(r"^::: (\S+)\n    options:\n      members: \[([^\]]*)\]$", re
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DOCS / "make" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(DOCS / "make" / f"{name}.py")
 
 
 hooks, checks = load("hooks"), load("check")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from loading import module_at
 
 ROOT = Path(__file__).resolve().parents[2]
 PROOFS = ROOT / "proofs"
@@ -26,12 +26,7 @@ KINDS = ("machine-checked", "partly machine-checked", "on paper")
 @cache
 def check() -> ModuleType:
     """The script ``proofs/check.py``: how it reads sources and writes the table."""
-    spec = importlib.util.spec_from_file_location("proofs_check", PROOFS / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(PROOFS / "check.py")
 
 
 @cache
