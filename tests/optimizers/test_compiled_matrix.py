@@ -28,7 +28,7 @@ MANIFOLDS: dict[str, tuple[Manifold, tuple[int, ...]]] = {
     "Orthogonal": (sm.Orthogonal(), (4, 4)),
     "Product": (sm.Product((sm.Stiefel(), sm.Oblique()), (2, 1), axis=-1), (6, 3)),
 }
-THETA = sm.pretrained()
+THETA = {name: value.double() for name, value in sm.pretrained().items()}
 OPTIMIZERS: dict[str, Callable[[sm.Geometry, Tensor], sm.Optimizer]] = {
     "RSGD": lambda geometry, lr: sm.RSGD(geometry, lr, momentum=0.9),
     "RAdam": lambda geometry, lr: sm.RAdam(geometry, lr),
@@ -44,19 +44,21 @@ CELLS = [
 
 
 @functools.cache
-def start(name: str) -> tuple[sm.Geometry, dict[str, Tensor], Tensor]:
-    """A feasible start in float32, and a target that makes a smooth loss with a minimum."""
+def start(name: str, dtype: torch.dtype = torch.float32) -> tuple[sm.Geometry, dict[str, Tensor], Tensor]:
+    """A feasible start, and a target that makes a smooth loss with a minimum."""
     manifold, shape = MANIFOLDS[name]
     generator = torch.Generator().manual_seed(3)
     geometry = sm.Geometry.from_rules({"x": torch.empty(shape)}, {"x": manifold})
-    x = manifold.random_point(shape, generator)
-    target = manifold.random_point(shape, generator)
+    x = manifold.random_point(shape, generator, dtype)
+    target = manifold.random_point(shape, generator, dtype)
     return geometry, {"x": x}, target
 
 
 @pytest.mark.parametrize(("manifold", "optimizer"), CELLS)
 def test_compiled_equals_eager_and_stays_feasible(manifold: str, optimizer: str) -> None:
-    geometry, params, target = start(manifold)
+    # The learned optimizer carries roundings on in its own state: in float32 they grow to 2e-4 in a hundred steps.
+    dtype, tolerance = (torch.float64, 1e-10) if optimizer == "Subspace" else (torch.float32, 1e-5)
+    geometry, params, target = start(manifold, dtype)
 
     def step(params, state, lr, noise):
         # Noise keeps the gradient away from zero: a scale-invariant step would follow the rounding errors of a zero.
@@ -68,16 +70,16 @@ def test_compiled_equals_eager_and_stays_feasible(manifold: str, optimizer: str)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     runs = []
     for function in (step, compiled):
-        current, state = params, OPTIMIZERS[optimizer](geometry, torch.tensor(0.0)).init(params)
+        current, state = params, OPTIMIZERS[optimizer](geometry, torch.tensor(0.0, dtype=dtype)).init(params)
         generator = torch.Generator().manual_seed(4)
         for t in range(100):
-            noise = 0.3 * torch.randn(target.shape, generator=generator)
-            current, state = function(current, state, torch.tensor(0.02 / (1 + t / 20)), noise)
+            noise = 0.3 * torch.randn(target.shape, generator=generator, dtype=dtype)
+            rate = torch.tensor(0.02 / (1 + t / 20), dtype=dtype)
+            current, state = function(current, state, rate, noise)
         runs.append(current["x"])
     eager, fast = runs
     assert counter.frame_count <= 2
     scale = max(1.0, float(eager.abs().max()))
-    # The learned optimizer carries roundings on in its own state.
-    assert (eager - fast).abs().max() <= (1e-4 if optimizer == "Subspace" else 1e-5) * scale
+    assert (eager - fast).abs().max() <= tolerance * scale
     assert geometry.violation({"x": fast})["x"] <= 1e-5
     assert (eager - params["x"]).abs().max() > 1e-3, "nothing moved: the comparison would show nothing"
