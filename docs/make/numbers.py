@@ -211,7 +211,7 @@ def in_words(environment: Mapping[str, str]) -> str:
     """Return where and when a report was made: processor, threads, torch, date, commit."""
     _, *processor, threads = environment["machine"].split(", ")
     name = re.sub(r"\((?:R|TM)\)| (?:CPU|Processor)\b.*", "", ", ".join(processor))
-    many = "one thread" if threads == "1 threads" else threads
+    many = "one thread" if threads.startswith("1 ") else threads
     torch = environment["torch"].partition("+")[0]
     return f"{name}, {many}, torch {torch}, {environment['date']}, commit {environment['commit']}"
 
