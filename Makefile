@@ -48,7 +48,7 @@ check: $(INSTALLED)  ## linter, formatter, type checker
 
 # RESULTS="a/results.json b/results.json" takes over reports that are there; without it the shipped weights are evaluated.
 numbers: $(INSTALLED)  ## the numbers of README, results and model card, and the picture: half an hour on a core
-	$(RUN) docs/make/numbers.py $(or $(RESULTS),--measure runs/numbers)
+	$(RUN) docs/make/quote.py $(or $(RESULTS),--measure runs/numbers)
 	$(RUN) docs/figures.py
 
 docs: $(VENV)/.docs  ## the documentation site, into site/; any warning is an error, every link is checked

@@ -2,7 +2,7 @@
 
 The shipped weights, untuned, beside tuned optimizers of the archive on three tasks of the evaluation suite: real data,
 a task never trained on, and one on which tuned momentum wins late. Its title, which browsers do not draw, names the
-weights; ``docs/make/numbers.py --check`` reads it.
+weights; ``docs/make/quote.py --check`` reads it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ def main() -> None:
     names = [baseline.name for baseline in BASELINES]
     for axis, (row, title) in zip(axes, TASKS.items(), strict=True):
         cells = archive.load(row)
-        tuned = [name for name in names if name in cells]
-        best = min(tuned, key=lambda name: cells[name].score(TUNED_AT))
+        best = min((name for name in names if name in cells), key=lambda name: cells[name].score(TUNED_AT))
         colours = {**PEERS, best: "#009E73"}
         for name, colour in colours.items():
             cell = cells[name]
-            label = f"{name}, tuned" + (f", the best of {len(tuned)}" if name == best else "")
+            label = f"{name}, tuned" + (", the best of all" if name == best else "")
             axis.plot(cell.steps, cell.curves[cell.checkpoints.index(TUNED_AT)], color=colour, label=label)
         family = tasks[row].family
         ours = run_untuned(

@@ -14,13 +14,13 @@ from subspace_meta.evaluation.protocol import Curves
 from subspace_meta.tasks.suite import evaluation_suite
 
 ROOT = Path(__file__).parents[1]
-numbers = module_at(ROOT / "docs" / "make" / "numbers.py")
+quote = module_at(ROOT / "docs" / "make" / "quote.py")
 
 
 @pytest.fixture
 def copied(tmp_path):
     """The files that the script reads and writes, elsewhere."""
-    for name in (*numbers.PAGES, numbers.KEPT, numbers.PICTURE):
+    for name in (*quote.PAGES, quote.KEPT, quote.PICTURE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -50,38 +50,38 @@ def report():
         cells = archive.load(task.row)
         ours = as_optimizer(cells[PEER])
         results.append(TaskResult(task, ours, cells, (2.0, 1.0), ours))
-    return json.loads(json.dumps(Comparison(numbers.BASE, tuple(results)).to_json()))
+    return json.loads(json.dumps(Comparison(quote.BASE, tuple(results)).to_json()))
 
 
 def test_the_pages_say_what_the_reports_say(capsys):
-    assert numbers.main(ROOT, ["--check"]) == 0, capsys.readouterr().out
+    assert quote.main(ROOT, ["--check"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", numbers.PAGES)
+@pytest.mark.parametrize("page", quote.PAGES)
 def test_a_number_that_was_changed_is_seen_and_mended(copied, page, capsys):
     path = copied / page
     right = path.read_text("utf-8")
-    first = numbers.MARKED.search(right)
+    first = quote.MARKED.search(right)
     digit = re.compile(r"\d").search(right, first.start(2)).start()
     path.write_text(f"{right[:digit]}{(int(right[digit]) + 1) % 10}{right[digit + 1 :]}", "utf-8")
-    assert numbers.main(copied, ["--check"]) == 1
+    assert quote.main(copied, ["--check"]) == 1
     assert f"--- {page}\n" in capsys.readouterr().out
-    assert numbers.main(copied, []) == 0
+    assert quote.main(copied, []) == 0
     assert path.read_text("utf-8") == right
 
 
 def test_a_picture_of_other_weights_is_seen(copied, capsys):
-    path = copied / numbers.PICTURE
+    path = copied / quote.PICTURE
     path.write_text(path.read_text("utf-8").replace(">base-", ">other-"), "utf-8")
-    assert numbers.main(copied, ["--check"]) == 1
+    assert quote.main(copied, ["--check"]) == 1
     assert "python docs/figures.py" in capsys.readouterr().out
 
 
 def test_a_report_is_taken_over(copied, report, tmp_path, capsys):
     """Every count and speed-up of the README's table is the report's, and the check then passes."""
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert numbers.main(copied, [str(tmp_path / "report.json")]) == 0
-    assert numbers.main(copied, ["--check"]) == 0
+    assert quote.main(copied, [str(tmp_path / "report.json")]) == 0
+    assert quote.main(copied, ["--check"]) == 0
     table = (copied / "README.md").read_text("utf-8").partition("<!-- numbers: summary-short -->")[2].split("\n")
     everything = next(line for line in table if line.startswith("| all |")).split(" | ")
     assert everything[1:3] == [
@@ -94,7 +94,7 @@ def test_a_report_is_taken_over(copied, report, tmp_path, capsys):
 
 
 def test_what_is_furthest_behind_is_named(report):
-    named = numbers.condensed(report)["behind"]
+    named = quote.condensed(report)["behind"]
     lost = {
         task["task"]: max(
             ours - best["log_excess"] for ours, best in list(zip(task["log_excess"], task["best"], strict=True))[:5]
@@ -107,14 +107,14 @@ def test_what_is_furthest_behind_is_named(report):
 
 
 def test_reports_that_the_pages_cannot_be_of(report):
-    kept = json.loads((ROOT / numbers.KEPT).read_text("utf-8"))
+    kept = json.loads((ROOT / quote.KEPT).read_text("utf-8"))
     with pytest.raises(ValueError, match="a report is of mine"):
-        numbers.taken_over(kept, [{**report, "optimizer": "mine"}])
+        quote.taken_over(kept, [{**report, "optimizer": "mine"}])
     with pytest.raises(ValueError, match="lacks 1 of 35 tasks"):
-        numbers.taken_over(kept, [{**report, "tasks": report["tasks"][1:]}])
-    with pytest.raises(ValueError, match=f"nothing on {numbers.BASE}"):
-        numbers.pieces({name: line for name, line in kept.items() if name != numbers.BASE})
-    assert numbers.taken_over({**kept, "base-0": {}}, []).keys() == set(numbers.NAMES.values())
+        quote.taken_over(kept, [{**report, "tasks": report["tasks"][1:]}])
+    with pytest.raises(ValueError, match=f"nothing on {quote.BASE}"):
+        quote.pieces({name: line for name, line in kept.items() if name != quote.BASE})
+    assert quote.taken_over({**kept, "base-0": {}}, []).keys() == set(quote.NAMES.values())
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,20 @@ def test_reports_that_the_pages_cannot_be_of(report):
 )
 def test_wrong_marks_are_seen(text, wrong):
     with pytest.raises(ValueError, match=wrong):
-        numbers.written(text, {"tasks": "35"})
+        quote.written(text, {"tasks": "35"})
 
 
 def test_marks_of_numbers_and_of_tables():
     found = {"n": "35", "table": "| a |\n|---|"}
-    assert numbers.written("a <!-- numbers: n -->34<!-- /numbers --> b", found).count("35") == 1
-    table = numbers.written("x\n\n<!-- numbers: table --><!-- /numbers -->\n", found)
+    assert quote.written("a <!-- numbers: n -->34<!-- /numbers --> b", found).count("35") == 1
+    table = quote.written("x\n\n<!-- numbers: table --><!-- /numbers -->\n", found)
     assert table == "x\n\n<!-- numbers: table -->\n\n| a |\n|---|\n\n<!-- /numbers -->\n"
-    assert numbers.written(table, found) == table
+    assert quote.written(table, found) == table
 
 
 def of_their_own(text):
     """The lines that have a number outside of marks, code and the targets of links."""
-    for hidden in (numbers.MARKED, r"```.*?```", r"`[^`\n]*`", r"\]\([^)]*\)"):
+    for hidden in (quote.MARKED, r"```.*?```", r"`[^`\n]*`", r"\]\([^)]*\)"):
         text = re.sub(hidden, "", text, flags=0 if isinstance(hidden, re.Pattern) else re.DOTALL)
     return [line for line in text.splitlines() if re.search(r"\d", line)]
 

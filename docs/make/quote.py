@@ -1,8 +1,8 @@
 """The numbers of the pages, from the reports of ``subspace-meta evaluate`` on the shipped weights.
 
-python docs/make/numbers.py --measure FOLDER    evaluate the shipped weights into FOLDER, take over what is said of them
-python docs/make/numbers.py RESULTS.json ...    take over what these reports say
-python docs/make/numbers.py [--check]           write the pages anew, or only say where they differ
+python docs/make/quote.py --measure FOLDER    evaluate the shipped weights into FOLDER, take over what is said of them
+python docs/make/quote.py RESULTS.json ...    take over what these reports say
+python docs/make/quote.py [--check]           write the pages anew, or only say where they differ
 
 ``docs/results.json`` keeps of each report what the pages quote. In a page a number or a table stands between marks that
 no reader sees, ``<!-- numbers: NAME -->`` and ``<!-- /numbers -->``; :func:`pieces` says what belongs there.
@@ -96,7 +96,7 @@ def taken_over(kept: Described, reports: Sequence[Described]) -> Described:
 def as_text(kept: Described) -> str:
     """Return JSON with a list on a line."""
     text = json.dumps(kept, indent=1)
-    return re.sub(r"\[\s+([^][]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+    return re.sub(r"\[\s+([^][{]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
 def condensed(report: Described) -> Described:
@@ -109,7 +109,7 @@ def condensed(report: Described) -> Described:
         **kept,
         "tuned": report["tuned"],
         "manifolds": sorted({name for task in tasks.values() for name in task["manifolds"]}),
-        "axes": {axis: _line(line) for axis, line in report["axes"].items()},
+        "axes": {axis: _line(line, ("no_worse",)) for axis, line in report["axes"].items()},
         "largest_violation": _short(report["largest_violation"]),
         "share_finite": report["share_finite"],
         "tasks": {row: _quotable(tasks[row]) for row in dict.fromkeys(row for row, *_ in QUOTED)},
@@ -121,18 +121,17 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _line(summary: Described) -> Described:
+def _line(
+    summary: Described, keys: Sequence[str] = ("no_worse", "no_worse_told", "no_worse_than_untuned")
+) -> Described:
     """Return a line of the summary: on how many tasks no worse, step after step, and the speed-ups."""
-    counts = {
-        key: {str(step): summary[key][str(step)] for step in COMPARED}
-        for key in ("no_worse", "no_worse_told", "no_worse_than_untuned")
-    }
+    counts = {key: {str(step): summary[key][str(step)] for step in COMPARED} for key in keys}
     speeds = {key: [_short(value) for value in summary[key]] for key in ("speed_up_steps", "speed_up_cpu_seconds")}
     return {"tasks": summary["tasks"], **counts, **speeds}
 
 
 def _quotable(task: Described) -> Described:
-    """Return the figures of a task, each by step."""
+    """Return the figures of a task that are quoted, each by step."""
     best = [one["log_excess"] for one in task["best"]]
     by_step = {
         "ours": (task["compared"], task["log_excess"]),
@@ -141,13 +140,12 @@ def _quotable(task: Described) -> Described:
         "objective": (task["checkpoints"], task["objective"]),
         "metric": (task["checkpoints"], task["metric"]),
     }
-    needed = {key for row, key, _, _ in QUOTED if row == task["task"]} | {"best"}
-    return {
-        "minimum": _short(task["minimum"]),
-        **{
-            key: {str(step): _short(value) for step, value in zip(*by_step[key], strict=True)} for key in sorted(needed)
-        },
-    }
+    found: Described = {"minimum": _short(task["minimum"])}
+    for row, key, _, steps in QUOTED:
+        for name in (key, "best") if row == task["task"] else ():
+            values = dict(zip(*by_step[name], strict=True))
+            found.setdefault(name, {}).update({str(step): _short(values[step]) for step in steps if step in values})
+    return found
 
 
 def _widest(task: Described) -> Described:
@@ -176,7 +174,7 @@ def pieces(kept: Described) -> dict[str, str]:
     trained_on = sum(base["axes"][axis]["tasks"] for axis in TRAINED_ON if axis in base["axes"])
     long = base["tasks"][LONG_PCA]
     return {
-        "weights": BASE,
+        "weights": f"`{BASE}`",  # a mark within code would be code
         "parameters": parameters("base"),
         "parameters-light": parameters("light"),
         "kilobytes": f"{(FOLDER / RELEASES['base']).stat().st_size / 1000:.0f}",
@@ -229,7 +227,7 @@ def speeds(line: Described) -> list[str]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as Markdown."""
-    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (header, *rows)]
+    lines = [re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(cells)} |") for cells in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
@@ -261,11 +259,10 @@ def figures(tasks: Described) -> str:
 
     rows = []
     for row, key, what, steps in QUOTED:
-        form = {"metric": "{:.1%}", "objective": "{:.4g}"}.get(key, "{:.2f}")
-        excess = key in ("ours", "told")
+        best = joined(tasks[row]["best"], steps, "{:.2f}") if key in ("ours", "told") else ""
         least = f", at least {tasks[row]['minimum']:.4g}" if key == "objective" else ""
-        best = joined(tasks[row]["best"], steps, "{:.2f}") if excess else ""
-        rows.append([row, what + least, " / ".join(map(str, steps)), joined(tasks[row][key], steps, form), best])
+        ours = joined(tasks[row][key], steps, {"metric": "{:.3f}", "objective": "{:.4g}"}.get(key, "{:.2f}"))
+        rows.append([row, what + least, " / ".join(map(str, steps)), ours, best])
     return table(["task", "what", "steps", f"`{BASE}`", "best tuned"], rows)
 
 
