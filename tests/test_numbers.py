@@ -117,6 +117,14 @@ def test_reports_that_the_pages_cannot_be_of(report):
     assert quote.taken_over({**kept, "base-0": {}}, []).keys() == set(quote.NAMES.values())
 
 
+def test_nothing_is_measured_where_data_are_missing(copied, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SUBSPACE_META_DATA", raising=False)
+    monkeypatch.setattr(quote.subprocess, "run", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit):
+        quote.main(copied, ["--measure", str(tmp_path / "reports")])
+    assert "YaleB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from subspace_meta.checkpoint import write_atomically
 from subspace_meta.evaluation.comparison import COMPARED, PEER
 from subspace_meta.evaluation.protocol import BASELINES
+from subspace_meta.tasks.data import DATA_VARIABLE
 from subspace_meta.tasks.suite import evaluation_suite
 from subspace_meta.weights import FOLDER, RELEASES
 
@@ -328,7 +329,13 @@ def diff(page: str, old: str, new: str) -> str:
 
 
 def measured(folder: Path) -> list[Path]:
-    """Evaluate the weights that ship, some minutes each; return the reports."""
+    """Evaluate the weights that ship, some minutes each; return the reports.
+
+    Raises:
+        ValueError: the data of a task are not there.
+    """
+    if lacking := [task.row for task in evaluation_suite() if not task.available]:
+        raise ValueError(f"{DATA_VARIABLE} has to name the folder with the data of {', '.join(lacking)}")
     for role, file in RELEASES.items():
         command = [sys.executable, "-m", "subspace_meta", "evaluate", "--weights", str(FOLDER / file)]
         subprocess.run([*command, "--out", str(folder / role)], check=True)
@@ -342,10 +349,10 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--measure", type=Path, metavar="FOLDER")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args(arguments)
-    reports = [*given.reports, *(measured(given.measure) if given.measure else [])]
-    if given.check and reports:
+    if given.check and (given.reports or given.measure):
         parser.error("--check takes no report: it compares the pages with what is kept")
     try:
+        reports = [*given.reports, *(measured(given.measure) if given.measure else [])]
         if reports:
             kept = json.loads((root / KEPT).read_text("utf-8")) if (root / KEPT).is_file() else {}
             now = taken_over(kept, [json.loads(report.read_text("utf-8")) for report in reports])

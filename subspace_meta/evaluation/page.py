@@ -210,9 +210,9 @@ SECTIONS = (
     ),
     (
         "Losses",
-        "Log excess, and in brackets that of the best tuned baseline: better than it (+), worse (-), or a tie (=), within "
-        "0.02 or both in the last digits of float32. Speed-up: the mean over seeds. Violation: of a constraint, the "
-        "largest.",
+        "Log excess, and in brackets that of the best tuned baseline: better than it (+), worse (-), or a tie (=), "
+        "within 0.02 or both in the last digits of float32. Speed-up: the mean over seeds. Violation: of a constraint, "
+        "the largest.",
         losses,
     ),
     (
