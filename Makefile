@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-rounding test-processors test-gpu check docs proofs clean
+.PHONY: demo test test-slow test-rounding test-processors test-gpu check numbers docs proofs clean
 
 demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
 	$(RUN) -m subspace_meta.cli train --preset quick
@@ -45,6 +45,11 @@ check: $(INSTALLED)  ## linter, formatter, type checker
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# RESULTS="a/results.json b/results.json" takes over reports that are there; without it the shipped weights are evaluated.
+numbers: $(INSTALLED)  ## the numbers of README, results and model card, and the picture: half an hour on a core
+	$(RUN) docs/make/quote.py $(or $(RESULTS),--measure runs/numbers)
+	$(RUN) docs/figures.py
 
 docs: $(VENV)/.docs  ## the documentation site, into site/; any warning is an error, every link is checked
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict

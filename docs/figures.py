@@ -1,7 +1,8 @@
 """The picture of the README: ``python docs/figures.py`` writes ``docs/curves.svg``, in under a minute.
 
 The shipped weights, untuned, beside tuned optimizers of the archive on three tasks of the evaluation suite: real data,
-a task never trained on, and one on which tuned momentum wins late.
+a task never trained on, and one on which tuned momentum wins late. Its title, which browsers do not draw, names the
+weights; ``docs/make/quote.py --check`` reads it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subspace_meta as sm
 from subspace_meta.evaluation import archive
 from subspace_meta.evaluation.protocol import BASELINES, EvaluationTask, run_untuned
 from subspace_meta.tasks.suite import evaluation_suite
+from subspace_meta.weights import RELEASES
 
 TASKS = {
     "PCA of MNIST 784x10": "PCA of MNIST (real data)",
@@ -40,7 +42,7 @@ def main() -> None:
         colours = {**PEERS, best: "#009E73"}
         for name, colour in colours.items():
             cell = cells[name]
-            label = f"{name}, tuned" + (", the best of 14" if name == best else "")
+            label = f"{name}, tuned" + (", the best of all" if name == best else "")
             axis.plot(cell.steps, cell.curves[cell.checkpoints.index(TUNED_AT)], color=colour, label=label)
         family = tasks[row].family
         ours = run_untuned(
@@ -59,7 +61,7 @@ def main() -> None:
         axis.legend(fontsize=7)
     axes[0].set_ylabel("log relative excess loss")
     figure.tight_layout()
-    figure.savefig(Path(__file__).with_name("curves.svg"), metadata={"Date": None})
+    figure.savefig(Path(__file__).with_name("curves.svg"), metadata={"Date": None, "Title": RELEASES["base"]})
 
 
 if __name__ == "__main__":

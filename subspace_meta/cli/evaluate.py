@@ -103,14 +103,14 @@ def evaluate_command(
         typer.echo(json.dumps(described))
     else:
         tables = (
-            ("summary", summary),
-            ("nothing tuned", untuned),
-            ("the number of steps known", scheduled),
-            ("beside the best tuned", gaps),
+            ("tasks on which it is no worse than the best tuned", summary),
+            ("no worse than these, nothing tuned", untuned),
+            ("no worse than these, the number of steps known", scheduled),
+            ("behind the best tuned (+), or ahead", gaps),
         )
         for title, make_table in tables:
             header, rows = make_table(found)
-            print_table(title, header, rows, header[:1], WIDE)
+            print_table(title, header, rows, (header[0], "from", "most to"), WIDE)
     if reasons:
         raise typer.Exit(1)
 

@@ -21,6 +21,7 @@ from subspace_meta.evaluation.protocol import (
     SCHEDULED,
     TIE,
     UNTUNED,
+    Baseline,
     Curves,
     EvaluationTask,
     at_budgets,
@@ -154,6 +155,8 @@ class TaskResult:
             "reference": self.task.reference,
             "metric_name": self.task.metric,
             "metric": [float(value) for value in self.curves.metric[0].mean(dim=0)],
+            "objective": [float(self.curves.objective(step).mean()) for step in self.curves.checkpoints],
+            "minimum": self.curves.reference,
             "checkpoints": list(self.curves.checkpoints),
             "compared": list(self.compared),
             "log_excess": [self.score(step) for step in self.compared],
@@ -189,10 +192,26 @@ class Comparison:
     results: tuple[TaskResult, ...]
     notes: tuple[str, ...] = ()
 
-    def no_worse(self, step: int, results: Sequence[TaskResult] | None = None) -> tuple[int, int]:
-        """Return on how many tasks the optimizer is no worse than the best baseline at a step, and of how many."""
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The tuned baselines that are there on every task on which they are defined."""
+
+        def complete(baseline: Baseline) -> bool:
+            lacking = [r for r in self.results if baseline.name not in r.cells]
+            return len(lacking) < len(self.results) and not any(
+                baseline.defined_on(r.task.family.problem.geometry) for r in lacking
+            )
+
+        return tuple(baseline.name for baseline in BASELINES if complete(baseline))
+
+    def no_worse(self, step: int, results: Sequence[TaskResult] | None = None, told: bool = False) -> tuple[int, int]:
+        """Return on how many tasks the optimizer is no worse than the best baseline at a step, and of how many.
+
+        Where it is ``told`` it knows that the step is the last; the baselines do not.
+        """
         chosen = [r for r in (self.results if results is None else results) if step in r.compared]
-        return sum(r.verdict(step) != "worse" for r in chosen), len(chosen)
+        verdicts = [r.verdict(step, ours=r.score_told(step) if told else None) for r in chosen]
+        return sum(verdict != "worse" for verdict in verdicts), len(chosen)
 
     def beside_untuned(self, name: str, step: int) -> tuple[int, int]:
         """Return on how many tasks the optimizer is no worse at a step than an untuned method, and of how many.
@@ -259,6 +278,7 @@ class Comparison:
             return {
                 "tasks": len(results),
                 "no_worse": {str(step): list(self.no_worse(step, results)) for step in steps},
+                "no_worse_told": {str(step): list(self.no_worse(step, results, told=True)) for step in steps},
                 "no_worse_than_untuned": {
                     str(step): list(Comparison(self.name, tuple(results)).beside_untuned("", step)) for step in steps
                 },
@@ -272,6 +292,7 @@ class Comparison:
         return {
             "optimizer": self.name,
             "environment": environment(),
+            "tuned": list(self.tuned),
             "archive": sorted({cell.code for r in self.results for cell in r.cells.values()}),
             "measure": "mean log((f - f*)/(f0 - f*)) over seeds; baselines at their best learning rate per step",
             "all": summary(self.results),

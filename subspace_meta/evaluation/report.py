@@ -165,9 +165,11 @@ def evaluate_suite(
 
 def environment() -> dict[str, str]:
     """Return date, machine, versions and, in a checkout, the commit."""
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {threads}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "subspace_meta": __version__,

@@ -91,8 +91,12 @@ def test_who_knows_the_number_of_steps_is_a_table_of_its_own(folder):
     assert found.beside_scheduled("RAdam cosine", 50) == found.beside_scheduled("", 50) == (0, 2)
     assert found.beside_scheduled("SPEL cosine", 50) == (0, 0)
     header, rows = scheduled(found)
-    assert header[:2] == ["told the steps, peak rate tuned", "no worse @20"]
-    assert rows == [["RAdam cosine", "0/2", "0/2"], ["the best of them on each task", "0/2", "0/2"]]
+    assert header[:2] == ["told the steps, peak rate tuned", "@20"]
+    assert rows == [
+        ["RAdam cosine", "0/2", "0/2"],
+        ["the best of them on each task", "0/2", "0/2"],
+        ["the best tuned one on each task, not told", "0/2", "0/2"],
+    ]
     assert "The number of steps known" in markdown(found)
 
 
@@ -113,6 +117,28 @@ def test_who_takes_the_number_of_steps_is_told_it(folder):
     (first, _) = results(lambda g: sm.SubspaceOptimizer(g, paper, "paper"), folder)
     assert first.told is None
     assert first.score_told(20) == first.score(20)
+
+
+def test_told_the_steps_it_is_counted_anew_beside_those_who_are_not(folder):
+    still = results(lambda g: sm.RSGD(g, 0.0), folder)
+    learned = results(lambda g: sm.SubspaceOptimizer(g, sm.pretrained()), folder)
+    found = Comparison(
+        "ours", tuple(dataclasses.replace(s, told=r.curves) for s, r in zip(still, learned, strict=True))
+    )
+    assert found.no_worse(20) == (0, 2)
+    assert found.no_worse(20, told=True) == Comparison("ours", tuple(learned)).no_worse(20) != (0, 2)
+    assert found.to_json()["all"]["no_worse_told"]["20"] == list(found.no_worse(20, told=True))
+    assert scheduled(found)[1][-1][1] == "{}/{}".format(*found.no_worse(20, told=True))
+    alone = tuple(dataclasses.replace(r, cells={name: r.cells[name] for name in ("RSGD", "RAdam")}) for r in still)
+    assert scheduled(Comparison("ours", alone))[1] == [["the best tuned one on each task, not told", "0/2", "0/2"]]
+
+
+def test_only_baselines_that_are_on_every_task_are_counted(folder):
+    first, second = results(lambda g: sm.RSGD(g, 0.0), folder)
+    assert Comparison("ours", (first, second)).tuned == ("RSGD", "RAdam")
+    lacking = dataclasses.replace(second, cells={"RAdam": second.cells["RAdam"]})
+    assert Comparison("ours", (first, lacking)).tuned == ("RAdam",)
+    assert "against 1 hand-made" in markdown(Comparison("ours", (first, lacking)))
 
 
 def test_the_widest_gap_comes_first_in_rows_that_fit_a_console(folder):
@@ -145,6 +171,10 @@ def test_the_report_says_the_same_in_three_forms(folder):
     assert "ours &lt;b&gt;" in html
     assert html.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="http', html)  # needs nothing else
+    assert 'name="viewport"' in html
+    assert re.search(r'<td class="left">unseen size</td><td>1</td>', html)  # words flush left, numbers right
+    verdict = found.results[0].verdict(20)
+    assert f"{found.results[0].best(20)[0]}) {verdict}</small>" in html
     assert described["share_finite"] == 1.0
     assert set(described["axes"]) == {"unseen size", "real data"}
     assert "| unseen size | 1 |" in text
