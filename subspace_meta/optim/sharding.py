@@ -340,9 +340,9 @@ def as_dtensors(
         if pieces[name].mine
     }
     found: dict[str, dict[str, Tensor]] = {name: {} for name in pieces}
-    for (name, key), part in spread(travelling, whole).items():
-        shape, _ = kinds[name, key]
-        lane = pieces[name].lane
+    split_up = spread(travelling, whole)
+    for (name, key), (shape, _) in kinds.items():  # the order of all ranks: torch gathers DTensors one after another
+        part, lane = split_up[name, key], pieces[name].lane
         if shape:
             placements = [Shard(0) if dim == lane.dim else Replicate() for dim in range(lane.mesh.ndim)]
             stride = torch.empty(shape, device="meta").stride()

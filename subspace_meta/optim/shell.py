@@ -380,7 +380,7 @@ class Riemannian(torch.optim.Optimizer):
 
         Plain Python about names and values: ``torch.compile(optimizer.step)`` compiles what comes after it.
         """
-        if self._check and not self._gradients_are_good():
+        if self._check and not self._gradients_are_good(held or []):
             return None
         for group in self.param_groups[len(self._groups) :]:
             assert self._others is not None
@@ -447,7 +447,7 @@ class Riemannian(torch.optim.Optimizer):
             guarded = any(group.get("guarded") for _, group, _ in self._own()) and loss is not None
         return guarded and not bool(torch.isfinite(torch.as_tensor(loss)).all())
 
-    def _gradients_are_good(self) -> bool:
+    def _gradients_are_good(self, held: list[_Held]) -> bool:
         gradients = {name: p.grad for *_, members in self._own() for name, p in members.items() if p.grad is not None}
         for name, gradient in gradients.items():
             if gradient.is_sparse:
@@ -455,8 +455,9 @@ class Riemannian(torch.optim.Optimizer):
         for group in self.param_groups[len(self._groups) :]:
             pairs = zip(group["param_names"], group["params"], strict=True)
             gradients.update({name: p.grad for name, p in pairs if p.grad is not None and not p.grad.is_sparse})
-        if self._lanes:
+        if self._lanes:  # parts, and what is whole here
             gradients = {name: sharding.local(gradient) for name, gradient in gradients.items()}
+            gradients.update({n: grad for one in held for n, grad in one.grads.items() if grad is not None})
         if cohorts.all_finite(gradients.values()):
             return True
         members = {name: sharding.local(p.detach()) for *_, group in self._own() for name, p in group.items()}
@@ -598,12 +599,12 @@ class Riemannian(torch.optim.Optimizer):
         """
         found: defaultdict[Any, Any] = defaultdict(dict)
         for own, _, members in self._own() if hasattr(self, "_groups") else ():
-            for name, layout in own.layouts.items():
-                if not own.pieces[name].mine:
-                    number = torch.tensor(own.numbers[name])
-                    found[members[name]] = {**sharding.absent(layout), cohorts.COHORT: number}
-            for cohort in own.cohorts:
-                found.update({members[name]: part for name, part in cohort.saved().items()})
+            parts = {
+                name: {**sharding.absent(layout), cohorts.COHORT: torch.tensor(own.numbers[name])}
+                for name, layout in own.layouts.items()
+            }
+            parts.update({name: part for cohort in own.cohorts for name, part in cohort.saved().items()})
+            found.update({p: parts[name] for name, p in members.items() if name in parts})  # the order of all ranks
         if (others := getattr(self, "_others", None)) is not None:
             found.update(others.state)
         return found
