@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, scale in job.SCALES.items():
         model = job.network()
         optimizer = job.shell(name, model)
-        job.train(optimizer, model, None, range(2), scale)
+        job.train(optimizer, model, None, range(3), scale)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch says that one process saves
             job.save(folder / f"{name}-one", model, optimizer, name == "RAdam")
@@ -69,6 +69,7 @@ def test_ranks_find_what_one_process_finds(found: list, name: str, ranks: str) -
     for rank in RANKS:
         assert_close(found[rank][name, ranks]["start"], begin)
         assert_close(found[rank][name, ranks]["end"], job.values(model))
+        assert found[rank][name, ranks]["scalars"] == pytest.approx(job.scalars(optimizer), rel=ROUNDING)
         assert found[rank][name, ranks]["violation"].keys() == optimizer.check().keys()
     assert float((begin["3.weight"] - model[3].weight).detach().abs().max()) > 1e-3
     assert all(
@@ -128,7 +129,7 @@ def test_owners_depend_on_costs_and_order_alone() -> None:
     assert sharding.owners({"a": 3}, 2, [1, 0]) == {"a": 1}
 
 
-@pytest.mark.parametrize(("change", "steps"), [("2 to 4", 4), ("1 to 4", 4), ("4 to 2", 6)])
+@pytest.mark.parametrize(("change", "steps"), [("2 to 4", 5), ("1 to 4", 5), ("4 to 2", 7)])
 @pytest.mark.parametrize("name", job.SCALES)
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(found: list, name: str, change: str, steps: int) -> None:
     model, _ = of_one(name, steps, job.SCALES[name])
@@ -138,22 +139,22 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(found: list, name: st
 
 @pytest.mark.parametrize("name", job.SCALES)
 def test_a_checkpoint_of_four_goes_on_in_one_process(folder: Path, name: str) -> None:
-    expected, _ = of_one(name, 6, job.SCALES[name])
+    expected, _ = of_one(name, 7, job.SCALES[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        _, model = job.resumed(name, folder / f"{name}-four", None, range(4, 6), None)
+        _, model = job.resumed(name, folder / f"{name}-four", None, range(5, 7), None)
     assert_close(job.values(model), job.values(expected))
 
 
 @pytest.mark.parametrize("name", job.SCALES)
 def test_a_full_state_is_that_of_one_process(found: list, name: str) -> None:
-    model, _ = of_one(name, 4, job.SCALES[name])
-    expected, _ = of_one(name, 6, job.SCALES[name])
+    model, _ = of_one(name, 5, job.SCALES[name])
+    expected, _ = of_one(name, 7, job.SCALES[name])
     optimizer = job.shell(name, model)
     optimizer.zero_grad()  # torch starts a state only where there is no gradient
     saved = found[0]["checkpoints"][name, "full"]
     set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
-    job.train(optimizer, model, None, range(4, 6), job.SCALES[name])
+    job.train(optimizer, model, None, range(5, 7), job.SCALES[name])
     assert_close(job.values(model), job.values(expected))
 
 
