@@ -137,6 +137,28 @@ def trained(name: str, mesh: Any, steps: int = 5) -> dict[str, Any]:
     }
 
 
+def mixed(mesh: Any) -> dict[str, Tensor]:
+    """Two of the matrices stay out of sharding: every rank steps them."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = network()
+    plain = [model[5].weight, model[7].weight]
+    if mesh is not None:
+        fully_shard(model, mesh=mesh, ignored_params=set(plain))
+    optimizer = shell("RAdam", model)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, mesh)
+        if mesh is not None:
+            for p in plain:
+                distributed.all_reduce(p.grad)
+                p.grad /= mesh.size()
+        if step == 0:
+            model[7].weight.grad = None
+        optimizer.step()
+    return values(model)
+
+
 def save(folder: Path, model: torch.nn.Module, optimizer: Any, flat: bool, group: Any = None) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     saved = {
@@ -293,6 +315,7 @@ def main(folder: Path) -> None:
     for name in NAMES:
         found[name, "two"], found[name, "four"] = trained(name, pair), trained(name, all_four)
     found["base", "replicated"] = trained("base", square)
+    found["mixed"] = mixed(all_four)
     found["checkpoints"] = checkpoints(folder, pair, all_four)
     found["errors"] = errors(all_four)
     found["placements"] = placements(square)
