@@ -85,7 +85,7 @@ def test_replicas_of_parts_find_the_same(found: list) -> None:
         assert_close(found[rank]["base", "replicated"]["end"], job.values(model))
 
 
-def test_matrices_out_of_sharding_stay_equal_on_all_ranks(found: list) -> None:
+def test_a_matrix_out_of_sharding_stays_equal_on_all_ranks(found: list) -> None:
     for rank in RANKS:
         assert_close(found[rank]["mixed"], job.mixed(None))
         assert all(torch.equal(value, found[0]["mixed"][key]) for key, value in found[rank]["mixed"].items())
