@@ -10,6 +10,7 @@ parametrization, nothing to remove before saving the model.
 ``options``           which keys a parameter group has, and what becomes of each
 ``states``            the functional state of many matrices, seen as the state of each parameter, and back
 ``cohorts``           parameters that are stepped together: their functional optimizer, its state, their last values
+``sharding``          parameters of which every rank has a part: owners, exchanges, errors, layout for checkpoints
 ``shell``             the optimizer: construction, step, saving and loading
 ``learned``           the shell with the learned optimizer inside
 ====================  ================================================================================================

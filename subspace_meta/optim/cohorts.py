@@ -48,6 +48,7 @@ class Cohort:
         units: factor of each parameter's gradient, a power of two; 0: not chosen yet, no gradient was different from 0.
         norms: of the parameters after the last step; others mean that somebody moved them. None: nothing was stepped.
         free: options, and whether they were on, that were found to need no other state.
+        number: which one it is in its group.
     """
 
     optimizer: Any
@@ -55,12 +56,18 @@ class Cohort:
     units: dict[str, float] = field(default_factory=dict)
     norms: Tensor | None = None
     free: set[tuple[str, bool]] = field(default_factory=set)
+    number: int = 0
 
     @property
     def geometry(self) -> Geometry:
         """The geometry of its parameters."""
         geometry: Geometry = self.optimizer.geometry
         return geometry
+
+    @property
+    def sees_ratios(self) -> bool:
+        """Whether gradients have units: the guarded optimizer's safe steps are plain gradient steps, without."""
+        return isinstance(self.optimizer, SubspaceOptimizer) and not self.optimizer.guarded
 
     @property
     def tolerance(self) -> float:
@@ -93,9 +100,9 @@ class Cohort:
         """Return the gradients, multiplied by their units where the optimizer sees ratios only.
 
         A power of two changes no digit; without it squares of entries beyond 1e19 would overflow in float32, and
-        those below 1e-19 vanish. The guarded optimizer's safe steps are plain gradient steps: no unit there.
+        those below 1e-19 vanish.
         """
-        if not isinstance(self.optimizer, SubspaceOptimizer) or self.optimizer.guarded:
+        if not self.sees_ratios:
             return dict(grads)
         if open_ := [name for name, grad in grads.items() if grad is not None and not self.units.get(name)]:
             self.units.update(_units(self.geometry, {name: grads[name] for name in open_}, params))
@@ -104,18 +111,20 @@ class Cohort:
             for name, grad in grads.items()
         }
 
-    def saved(self, number: int) -> states.Parts:
-        """Return the state of each parameter, and that they are cohort ``number``."""
+    def saved(self) -> states.Parts:
+        """Return the state of each parameter, with the cohort's number; the fields are the same at any time."""
         parts = states.split(self.state, self.geometry)
         for name, part in parts.items():
-            part[COHORT] = torch.tensor(number)
-            if name in self.units:
-                part[UNIT] = torch.tensor(self.units[name], dtype=torch.float64)
+            part[COHORT] = torch.tensor(self.number)
+            if self.sees_ratios:
+                part[UNIT] = torch.tensor(self.units.get(name, 0.0), dtype=torch.float64)
         return parts
 
 
-def loaded(optimizer: Any, params: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]]) -> Cohort:
-    """Return a cohort with the saved state of its parameters.
+def loaded(
+    optimizer: Any, params: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]], number: int
+) -> Cohort:
+    """Return cohort ``number`` with the saved state of its parameters.
 
     Raises:
         ValueError: it does not fit; see :func:`subspace_meta.optim.states.join`.
@@ -124,7 +133,7 @@ def loaded(optimizer: Any, params: Mapping[str, Tensor], parts: Mapping[str, Map
     own = {name: {k: v for k, v in part.items() if k not in (COHORT, UNIT)} for name, part in parts.items()}
     geometry = optimizer.geometry
     state = states.join(own, optimizer.init(_on_manifolds(geometry, params)), geometry)
-    return Cohort(optimizer, state, units)
+    return Cohort(optimizer, state, units, number=number)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from subspace_meta.geometry import Geometry, Rule, matches
 from subspace_meta.manifolds import Euclidean, Manifold
-from subspace_meta.optim import cohorts, states
+from subspace_meta.optim import cohorts, sharding, states
 from subspace_meta.optim.cohorts import Cohort
 from subspace_meta.optim.names import named, named_groups, plain
 from subspace_meta.optim.options import HINTS, PARAMETERS, changed, check_rate_kind, options, refuse_unknown
@@ -32,7 +32,25 @@ class _Group:
     """What the shell keeps for one of its parameter groups."""
 
     geometry: Geometry
-    cohorts: list[Cohort] = field(default_factory=list)
+    cohorts: list[Cohort] = field(default_factory=list)  # of what this rank steps
+    numbers: dict[str, int] = field(default_factory=dict)  # of the cohorts of all parameters that had gradients
+    pieces: dict[str, sharding.Piece] = field(default_factory=dict)  # the parameters that are split over ranks
+    layouts: sharding.Layouts = field(default_factory=dict)  # of the states of these
+
+    @property
+    def owned(self) -> list[tuple[sharding.Piece, int]]:
+        """Which parameters have owners, and what each costs."""
+        known = [p for p in self.geometry.parameters if p.name in self.pieces]
+        return [(self.pieces[p.name], sharding.cost(p)) for p in known]
+
+
+class _Held(NamedTuple):
+    """What this rank steps of a group: whole parameters, without derivatives, and gradients."""
+
+    params: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
+    # Those whose gradients move their cohort, on whichever rank it is; None: every gradient is here to be looked at.
+    moving: Collection[str] | None = None
 
 
 class _Work(NamedTuple):
@@ -97,7 +115,8 @@ class Riemannian(torch.optim.Optimizer):
 
     Raises:
         ValueError: names are missing or twice there, a rule matches nothing, no parameter is on a manifold, a shape
-            or dtype cannot carry its manifold, an option is unknown or out of its range, or a parameter is sharded.
+            or dtype cannot carry its manifold, an option is unknown or out of its range, or a matrix is split over
+            ranks in another way than ``fully_shard`` does.
     """
 
     skipped: int = 0  # steps that were not taken, by the guard neither
@@ -153,6 +172,7 @@ class Riemannian(torch.optim.Optimizer):
             raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
         self._make, self._make_others, self._project, self._check = make, others, project, check_gradients
         self._skip = non_finite == "skip"
+        self._lanes: tuple[sharding.Lane, ...] = ()  # of all ranks that have parts of parameters
         self._groups: list[_Group] = []  # in the order of this optimizer's own groups within param_groups
         self._others: torch.optim.Optimizer | None = None
         self._rules = {plain(pattern, wrapped=False): rule for pattern, rule in (rules or {}).items()}
@@ -180,12 +200,6 @@ class Riemannian(torch.optim.Optimizer):
         members = dict(pairs := named(given.pop("params")))
         if not members:
             raise ValueError("a parameter group has no parameters")
-        for name, p in members.items():
-            if hasattr(p, "placements"):
-                raise ValueError(
-                    f"parameter {name!r} is sharded; a retraction needs whole matrices: keep the layers on manifolds "
-                    "out of sharding (replicated, as under DistributedDataParallel)"
-                )
         taken = {name for own in self._groups for name in own.geometry.names}
         if twice := sorted(taken & members.keys()):
             raise ValueError(f"parameters {twice} are already in a group")
@@ -199,33 +213,65 @@ class Riemannian(torch.optim.Optimizer):
         # What is wrong is found before anything is changed.
         known = self._known_by_others(list(rest.values())) if rest else {}
         own_options: dict[str, Any] = {}
+        pieces: dict[str, sharding.Piece] = {}
         if names:
             geometry = cohorts.subset(geometry, members, names)
             geometry.check_points({name: members[name] for name in names})
-            own_options = self._options_of(geometry, members[names[0]], given, rest=bool(known))
+            owned = [pair for own in self._groups for pair in own.owned]
+            pieces = sharding.pieces_of(geometry.parameters, members, owned)
+            like = sharding.local(members[names[0]])
+            own_options = self._options_of(geometry, like, given, bool(known), split=bool(pieces))
         else:
             refuse_unknown(given, known, getattr(self._make_others, "__name__", "the other optimizer"), list(rest))
         for key in given.keys() - own_options.keys():
             refuse_unknown([key], known, self._make.name, list(members))
+        lanes = sharding.lanes_of([p for group in self.param_groups for p in group["params"]] + [*members.values()])
         if names:
-            moving = [name for name in names if members[name].requires_grad]
-            if moving:
-                starting = cohorts.subset(geometry, members, moving)
-                start = {name: members[name] for name in moving}
-                cohorts.bring_to_manifolds(starting, start, self._project, cohorts.FEASIBLE)
+            self._start_feasible(geometry, {n: members[n] for n in names if members[n].requires_grad}, pieces, lanes)
             super().add_param_group({**own_options, "params": [members[n] for n in names], "param_names": names})
-            self._groups.append(_Group(geometry))
+            self._groups.append(_Group(geometry, pieces=pieces))
             # This optimizer's groups come first: they are told from the other's by their place.
             self.param_groups.insert(len(self._groups) - 1, self.param_groups.pop())
         if rest:
             self._add_to_others(rest, {key: value for key, value in given.items() if key in known})
+        self._lanes = lanes
 
-    def _options_of(self, geometry: Geometry, like: Tensor, given: dict[str, Any], rest: bool) -> dict[str, Any]:
+    def _start_feasible(
+        self,
+        geometry: Geometry,
+        moving: dict[str, Parameter],
+        pieces: dict[str, sharding.Piece],
+        lanes: tuple[sharding.Lane, ...],
+    ) -> None:
+        """Bring the parameters that will move to their manifolds, or refuse them."""
+        pieces = {name: piece for name, piece in pieces.items() if name in moving}
+        start = {name: sharding.local(p.detach()) for name, p in moving.items()}
+        wholes = sharding.collect(pieces, start)
+        mine = {name: wholes.get(name, p) for name, p in start.items() if name not in pieces or name in wholes}
+
+        def mend() -> bool:
+            if mine:
+                some = cohorts.subset(geometry, mine, mine)
+                cohorts.bring_to_manifolds(some, mine, self._project, cohorts.FEASIBLE)
+            return True
+
+        sharding.agreed(lanes, mend)
+        for name, part in sharding.spread(pieces, wholes).items():
+            start[name].copy_(part)
+
+    def _options_of(
+        self, geometry: Geometry, like: Tensor, given: dict[str, Any], rest: bool, split: bool
+    ) -> dict[str, Any]:
         """Return all options of a group of this optimizer; it is made once, so that it can refuse their values."""
         check_rate_kind(self.defaults["lr"])
         # Also where the other optimizer knows them: half of a group would not be what is asked for.
         refuse_unknown([key for key in HINTS if given.get(key)], self.defaults, self._make.name, geometry.names)
         probe = self._make(geometry, like=like, **self.defaults)
+        if split and isinstance(probe, sharding.SEE_ALL):
+            raise ValueError(
+                f"the steps of {type(probe).__name__} depend on all matrices of a run, and a rank owns some: keep "
+                "the layers on manifolds out of sharding (replicated, as under DistributedDataParallel)"
+            )
         self.defaults = {**self.defaults, **options(probe)}
         check_rate_kind(given.get("lr", self.defaults["lr"]))
         own = {key: value for key, value in given.items() if key in self.defaults}
@@ -277,39 +323,82 @@ class Riemannian(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = loss = closure()
-        work = self._prepare(loss)
-        if work is None:
+        if self._lanes:
+            self._step_sharded(loss)
             return returned
-        results = [_advanced(one, loss) for one in work]
-        if not self._acceptable(results):
+        results = self._results(loss)
+        if results is None:
             return returned
-        if self._withheld(work, loss):
+        if self._withheld(results, loss):
             self.skipped += 1
         elif self._others is not None:
             self._others.step()  # before anything is written: it may refuse
         self._commit(results)
         return returned
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
-    def _prepare(self, loss: Tensor | None) -> list[_Work] | None:
+    def _results(self, loss: Tensor | None, held: list[_Held] | None = None) -> list[_Result] | None:
+        """Return what the step gives, of what this rank steps; ``None``: it is skipped."""
+        work = self._prepare(loss, held)
+        if work is None:
+            return None
+        results = [_advanced(one, loss) for one in work]
+        return results if self._acceptable(results) else None
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step_sharded(self, loss: Tensor | None) -> None:
+        """Take the step where parameters are split over ranks; see the module ``sharding``."""
+        loss = None if loss is None else sharding.mean(self._lanes, loss)
+        held, pieces, uneven = self._held_by_owners()
+        before = [(list(own.cohorts), dict(own.numbers)) for own in self._groups]
+        skipped, taken, others = self.skipped, False, self._others
+
+        def attempt() -> list[_Result] | None:
+            if uneven:
+                raise ValueError(f"{cohorts.quoted(uneven)} have gradients on some ranks only")
+            return self._results(loss, held)
+
+        try:
+            results = sharding.agreed(self._lanes, attempt)
+            skips = results is None or self._withheld(results, loss)
+            if others is not None and not skips:
+                sharding.agreed(self._lanes, lambda: (others.step(), True))
+            taken = results is not None
+            skipped += skips
+        finally:
+            self.skipped = skipped  # one rank alone may have counted
+            if not taken:  # what was started on some ranks was not on all
+                for own, (started, numbers) in zip(self._groups, before, strict=True):
+                    own.cohorts, own.numbers = started, numbers
+        if results is not None:
+            self._commit(results)
+            self._write(pieces, {name: p for one in held for name, p in one.params.items()})
+            self._tell_layouts()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _prepare(self, loss: Tensor | None, held: list[_Held] | None) -> list[_Work] | None:
         """Look at options, gradients and parameters, and return what is to be done; ``None``: the step is skipped.
 
         Plain Python about names and values: ``torch.compile(optimizer.step)`` compiles what comes after it.
         """
-        if self._check and not self._gradients_are_good():
+        if self._check and not self._gradients_are_good(held or []):
             return None
         for group in self.param_groups[len(self._groups) :]:
             assert self._others is not None
             refuse_unknown(group, self._others.defaults, type(self._others).__name__, group["param_names"])
         work = []
-        for own, group, members in self._own():
+        for number, (own, group, members) in enumerate(self._own()):
             refuse_unknown(group, self.defaults, self._make.name, own.geometry.names)
             check_rate_kind(group["lr"])
-            self._start_cohorts(own, group, members)
+            here = held[number] if held else _held(members)
+            self._start_cohorts(own, group, members, here)
             for cohort in own.cohorts:
-                params = {name: members[name].detach() for name in cohort.geometry.names}
-                grads = {name: members[name].grad for name in params}
-                if all(grad is None for grad in grads.values()) or _nothing_to_do(group["lr"], grads):
+                params = {name: here.params[name] for name in cohort.geometry.names}
+                grads = {name: here.grads[name] for name in params}
+                if here.moving is not None:
+                    stays = cohort.number not in {own.numbers[name] for name in here.moving}
+                else:
+                    stays = all(grad is None for grad in grads.values()) or _nothing_to_do(group["lr"], grads)
+                if stays:
                     continue
                 cohort.take_options(group, params)
                 if self._check and (elsewhere := cohorts.moved_by_others(cohort, params)):
@@ -325,28 +414,40 @@ class Riemannian(torch.optim.Optimizer):
                 raise ValueError(f"guarded=True watches one loss, got a tensor of shape {tuple(loss.shape)}")
         return work
 
-    def _start_cohorts(self, own: _Group, group: Mapping[str, Any], members: Mapping[str, Parameter]) -> None:
+    def _start_cohorts(
+        self, own: _Group, group: Mapping[str, Any], members: Mapping[str, Parameter], held: _Held
+    ) -> None:
         """Start the state of parameters that have their first gradient."""
-        seen = {name for cohort in own.cohorts for name in cohort.geometry.names}
-        fresh: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        fresh: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, p in members.items():
-            if name not in seen and p.grad is not None:
-                fresh.setdefault((p.device, p.dtype), {})[name] = p.detach()
-        for params in fresh.values():
-            geometry = cohorts.subset(own.geometry, params, params)
-            if self._check:
-                cohorts.bring_to_manifolds(geometry, params, self._project, cohorts.LATER)
-            optimizer = self._make(
-                geometry, like=next(iter(params.values())), **{key: group[key] for key in self.defaults}
-            )
-            own.cohorts.append(Cohort(optimizer, optimizer.init(params)))
+            if name not in own.numbers and p.grad is not None:
+                fresh.setdefault((p.device, p.dtype), []).append(name)
+        for names in fresh.values():
+            number = 1 + max(own.numbers.values(), default=-1)
+            # What all ranks step has to stay equal on them, bit for bit: it is not batched with what only one owns.
+            for of_owner in (False, True):
+                here = [name for name in names if (name in own.pieces) == of_owner and name in held.params]
+                if not here:
+                    continue
+                params = {name: held.params[name] for name in here}
+                geometry = cohorts.subset(own.geometry, params, params)
+                if self._check:
+                    cohorts.bring_to_manifolds(geometry, params, self._project, cohorts.LATER)
+                optimizer = self._make(
+                    geometry, like=next(iter(params.values())), **{key: group[key] for key in self.defaults}
+                )
+                own.cohorts.append(Cohort(optimizer, optimizer.init(params), number=number))
+            own.numbers.update(dict.fromkeys(names, number))
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _withheld(self, work: list[_Work], loss: Tensor | None) -> bool:
+    def _withheld(self, results: list[_Result], loss: Tensor | None) -> bool:
         """Return whether the guard does not take this step, so that the other parameters stay, too."""
-        return _guarded(work) and not bool(torch.isfinite(torch.as_tensor(loss)).all())
+        guarded = _guarded([one.work for one in results])
+        if self._lanes:  # also where this rank owns nothing
+            guarded = any(group.get("guarded") for _, group, _ in self._own()) and loss is not None
+        return guarded and not bool(torch.isfinite(torch.as_tensor(loss)).all())
 
-    def _gradients_are_good(self) -> bool:
+    def _gradients_are_good(self, held: list[_Held]) -> bool:
         gradients = {name: p.grad for *_, members in self._own() for name, p in members.items() if p.grad is not None}
         for name, gradient in gradients.items():
             if gradient.is_sparse:
@@ -354,9 +455,12 @@ class Riemannian(torch.optim.Optimizer):
         for group in self.param_groups[len(self._groups) :]:
             pairs = zip(group["param_names"], group["params"], strict=True)
             gradients.update({name: p.grad for name, p in pairs if p.grad is not None and not p.grad.is_sparse})
+        if self._lanes:  # parts, and what is whole here
+            gradients = {name: sharding.local(gradient) for name, gradient in gradients.items()}
+            gradients.update({n: grad for one in held for n, grad in one.grads.items() if grad is not None})
         if cohorts.all_finite(gradients.values()):
             return True
-        members = {name: p.detach() for *_, group in self._own() for name, p in group.items()}
+        members = {name: sharding.local(p.detach()) for *_, group in self._own() for name, p in group.items()}
         if spoiled := cohorts.not_finite(members):
             return self._refused(f"the parameters {cohorts.quoted(spoiled)} are not finite, nor are gradients")
         return self._refused(f"the gradients of {cohorts.quoted(cohorts.not_finite(gradients))} are not finite")
@@ -398,17 +502,90 @@ class Riemannian(torch.optim.Optimizer):
         Raises:
             ValueError: one is above ``tolerance`` or not finite.
         """
-        found: dict[str, float] = {}
-        for own, _, members in self._own():
-            params = {name: p.detach() for name, p in members.items()}
-            own.geometry.check_feasible(params, tolerance)
-            found.update(own.geometry.violation(params))
-        return found
+        wholes = self._wholes()
+
+        def violations() -> dict[str, float]:
+            found: dict[str, float] = {}
+            for own, _, members in self._own():
+                params = {name: wholes[name] for name in members if name in wholes}
+                if params:
+                    geometry = cohorts.subset(own.geometry, params, params)
+                    geometry.check_feasible(params, tolerance)
+                    found.update(geometry.violation(params))
+            return found
+
+        found = sharding.merged(self._lanes, sharding.agreed(self._lanes, violations) or {})
+        return {name: found[name] for *_, members in self._own() for name in members}
 
     def _own(self) -> Iterator[tuple[_Group, dict[str, Any], dict[str, Parameter]]]:
         """Yield this optimizer's groups, the first ones of ``param_groups``, with their parameters by name."""
         for own, group in zip(self._groups, self.param_groups, strict=False):
             yield own, group, dict(zip(group["param_names"], group["params"], strict=True))
+
+    # --- Parameters that are split over ranks ---
+
+    def _wholes(self) -> dict[str, Tensor]:
+        """Return the parameters that this rank steps, as they are; all ranks have to call this."""
+        members = {name: p for *_, group in self._own() for name, p in group.items()}
+        pieces = {name: piece for own in self._groups for name, piece in own.pieces.items()}
+        here = {name: sharding.local(p.detach()) for name, p in members.items()}
+        wholes = sharding.collect(pieces, {name: here[name] for name in pieces})
+        return {name: wholes.get(name, p) for name, p in here.items() if name not in pieces or name in wholes}
+
+    def _held_by_owners(self) -> tuple[list[_Held], dict[str, sharding.Piece], list[str]]:
+        """Bring parameters and gradients to their owners.
+
+        Returns:
+            What this rank steps; the parameters that travelled; and those with a gradient on some ranks only.
+        """
+        travelling: dict[str, sharding.Piece] = {}
+        pieces: dict[tuple[str, str], sharding.Piece] = {}
+        parts: dict[tuple[str, str], Tensor] = {}
+        for own, _, members in self._own():
+            for name, piece in own.pieces.items():
+                p = members[name]
+                if not (p.requires_grad or p.grad is not None or name in own.numbers):
+                    continue
+                travelling[name] = piece
+                part, grad = sharding.local(p.detach()), sharding.gradient(p)
+                there = dataclasses.replace(piece, shape=(piece.lane.count,), axis=0)
+                pieces.update({(name, "value"): piece, (name, "gradient"): piece, (name, "there"): there})
+                parts[name, "value"] = part
+                parts[name, "gradient"] = torch.zeros_like(part) if grad is None else grad
+                parts[name, "there"] = part.new_full((1,), float(grad is not None))
+        wholes = sharding.collect(pieces, parts)
+        held, uneven = [], []
+        for own, group, members in self._own():
+            here = _held({name: p for name, p in members.items() if name not in own.pieces})
+            for name in own.pieces:
+                if (name, "value") in wholes:
+                    everywhere = bool(wholes[name, "there"].all())
+                    uneven += [name] if everywhere != bool(wholes[name, "there"].any()) else []
+                    here.params[name] = wholes[name, "value"]
+                    here.grads[name] = wholes[name, "gradient"] if everywhere else None
+            check_rate_kind(group["lr"])
+            grads = {name: sharding.local(p.grad) for name, p in members.items() if p.grad is not None}
+            if float(group["lr"]) == 0.0:  # see _nothing_to_do
+                moves = sharding.anywhere(self._lanes, [bool(grad.any()) for grad in grads.values()])
+                grads = {name: grads[name] for name, moving in zip(grads, moves, strict=True) if moving}
+            held.append(here._replace(moving=grads.keys()))
+        return held, travelling, uneven
+
+    def _write(self, pieces: dict[str, sharding.Piece], wholes: dict[str, Tensor]) -> None:
+        """Bring what the owners have to the parameters of all ranks."""
+        members = {name: p for *_, group in self._own() for name, p in group.items()}
+        for name, part in sharding.spread(pieces, wholes).items():
+            sharding.local(members[name].detach()).copy_(part)
+
+    def _tell_layouts(self) -> None:
+        """Let all ranks know what the state of parameters that were started consists of."""
+        fresh = {name for own in self._groups for name in own.numbers.keys() & own.pieces.keys() - own.layouts.keys()}
+        if fresh:
+            parts = {name: part for own in self._groups for c in own.cohorts for name, part in c.saved().items()}
+            mine = sharding.layouts_of({name: part for name, part in parts.items() if name in fresh})
+            told = sharding.merged(self._lanes, mine)
+            for own in self._groups:
+                own.layouts.update({name: told[name] for name in own.pieces if name in fresh})
 
     # --- State, saving and loading ---
 
@@ -417,12 +594,17 @@ class Riemannian(torch.optim.Optimizer):
         """The state of every parameter that has one, as torch lays it out: ``state[parameter]`` is a dict of tensors.
 
         Made from the functional state when it is asked for. Its tensors are views, so values can be changed in place;
-        another dict has to be assigned as a whole: ``optimizer.state = {}`` starts anew.
+        another dict has to be assigned as a whole: ``optimizer.state = {}`` starts anew. What another rank owns is here
+        on the device ``meta``.
         """
         found: defaultdict[Any, Any] = defaultdict(dict)
         for own, _, members in self._own() if hasattr(self, "_groups") else ():
-            for number, cohort in enumerate(own.cohorts):
-                found.update({members[name]: part for name, part in cohort.saved(number).items()})
+            parts = {
+                name: {**sharding.absent(layout), cohorts.COHORT: torch.tensor(own.numbers[name])}
+                for name, layout in own.layouts.items()
+            }
+            parts.update({name: part for cohort in own.cohorts for name, part in cohort.saved().items()})
+            found.update({p: parts[name] for name, p in members.items() if name in parts})  # the order of all ranks
         if (others := getattr(self, "_others", None)) is not None:
             found.update(others.state)
         return found
@@ -438,15 +620,28 @@ class Riemannian(torch.optim.Optimizer):
             self._others.state = defaultdict(dict, {p: value for p, value in state.items() if p in mine})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of state and options in torch's layout: for ``torch.save``."""
+        """Return copies of state and options in torch's layout: for ``torch.save``.
+
+        Of parameters that are split over ranks the state is, too, in DTensors: for ``torch.distributed.checkpoint``.
+        All ranks have to call this then.
+        """
         # Not views: the next step would write over them.
         saved: dict[str, Any] = pytree.tree_map(_cloned, super().state_dict())
+        pairs = [zip(group["param_names"], group["params"], strict=True) for group in saved["param_groups"]]
+        ids = dict(pair for some in pairs for pair in some)
+        for own in self._groups:
+            if own.layouts:
+                pieces = {name: own.pieces[name] for name in own.pieces if name in own.layouts}
+                parts = {name: part for cohort in own.cohorts for name, part in cohort.saved().items()}
+                for name, part in sharding.as_dtensors(pieces, own.layouts, parts).items():
+                    saved["state"][ids[name]] = part
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; tensors are brought to the parameters' device and dtype.
 
-        Names count without the prefixes of compiled (``_orig_mod.``) and replicated (``module.``) modules.
+        Names count without the prefixes of compiled (``_orig_mod.``) and replicated (``module.``) modules. The state of
+        a parameter may be in DTensors or in whole tensors, whether or not the parameter itself is split over ranks.
 
         Raises:
             ValueError: it is of another optimizer, other parameters or shapes; nothing is changed then.
@@ -467,7 +662,7 @@ class Riemannian(torch.optim.Optimizer):
         by_id = dict(zip(ids, parameters, strict=True))
         state = {by_id[number]: part for number, part in state_dict["state"].items() if number in by_id}
         own = len(self._groups)
-        found = self._found_cohorts(state, groups[:own])
+        found = self._found_groups(state, groups[:own])
         if self._others is not None:
             for saved, group in zip(groups[own:], self._others.param_groups, strict=True):
                 if lacking := [key for key in group if key not in saved and key in self._others.defaults]:
@@ -477,8 +672,8 @@ class Riemannian(torch.optim.Optimizer):
             of_others = {number: state_dict["state"][number] for number, p in by_id.items() if p in rest and p in state}
             self._others.load_state_dict({"state": of_others, "param_groups": groups[own:]})
             self.param_groups[own:] = self._others.param_groups
-        for (mine, group, _), made, new in zip(self._own(), found, groups, strict=False):
-            mine.cohorts = made
+        self._groups = found
+        for (_, group, _), new in zip(self._own(), groups, strict=False):
             group.update({key: value for key, value in new.items() if key not in PARAMETERS})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -506,35 +701,62 @@ class Riemannian(torch.optim.Optimizer):
             if lacking:
                 raise ValueError(f"the state is of another optimizer: its groups have no option {lacking[0]!r}")
 
-    def _found_cohorts(self, state: Mapping[Any, Any], groups: list[dict[str, Any]]) -> list[list[Cohort]]:
-        """Return for each own group the cohorts that a saved state makes."""
-        found = []
-        for (own, _, members), group in zip(self._own(), groups, strict=True):
-            together: dict[int, dict[str, Any]] = {}
+    def _found_groups(self, state: Mapping[Any, Any], groups: list[dict[str, Any]]) -> list[_Group]:
+        """Return this optimizer's groups with the cohorts that a saved state makes."""
+        wholes = self._wholes()
+        parts: dict[str, dict[str, Any]] = {}
+        for *_, members in self._own():
             for name, p in members.items():
-                part = state.get(p)
-                if part is None:
-                    continue
-                if cohorts.COHORT not in part:
-                    raise ValueError(f"the state of {name!r} is of another optimizer: it has {sorted(part)}")
-                together.setdefault(int(part[cohorts.COHORT]), {})[name] = part
-            made = []
-            for _, parts in sorted(together.items()):
-                params = {name: members[name].detach() for name in parts}
-                geometry = cohorts.subset(own.geometry, params, params)
-                like = next(iter(params.values()))
-                optimizer = self._make(geometry, like=like, **{key: group[key] for key in self.defaults})
-                made.append(cohorts.loaded(optimizer, params, parts))
-            found.append(made)
-        return found
+                if (part := state.get(p)) is not None:
+                    parts[name] = {key: sharding.whole(part[key]) for key in sorted(part)}  # the order of all ranks
+
+        def found() -> list[_Group]:
+            pairs = zip(self._own(), groups, strict=True)
+            return [self._found_group(own, group, parts, wholes) for (own, *_), group in pairs]
+
+        return sharding.agreed(self._lanes, found) or []
+
+    def _found_group(
+        self, own: _Group, group: Mapping[str, Any], parts: Mapping[str, dict[str, Any]], wholes: Mapping[str, Tensor]
+    ) -> _Group:
+        together: dict[tuple[int, bool], dict[str, Any]] = {}
+        numbers, layouts = {}, {}
+        for name in own.geometry.names:
+            if (part := parts.get(name)) is None:
+                continue
+            if cohorts.COHORT not in part:
+                raise ValueError(f"the state of {name!r} is of another optimizer: it has {sorted(part)}")
+            numbers[name] = int(part[cohorts.COHORT])
+            if name in own.pieces:
+                layouts.update(sharding.layouts_of({name: part}))
+            if name in wholes:
+                together.setdefault((numbers[name], name in own.pieces), {})[name] = part
+        made = []
+        for (number, _), some in sorted(together.items()):
+            params = {name: wholes[name] for name in some}
+            geometry = cohorts.subset(own.geometry, params, params)
+            like = next(iter(params.values()))
+            optimizer = self._make(geometry, like=like, **{key: group[key] for key in self.defaults})
+            made.append(cohorts.loaded(optimizer, params, some, number))
+        return dataclasses.replace(own, cohorts=made, numbers=numbers, layouts=layouts)
 
     def _take_state(self, state: Mapping[Any, Any], groups: list[dict[str, Any]]) -> None:
-        for own, made in zip(self._groups, self._found_cohorts(state, groups), strict=True):
-            own.cohorts = made
+        self._groups = self._found_groups(state, groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles need; hooks stay behind, as those of torch's optimizers."""
-        kept = ("_make", "_make_others", "_project", "_check", "_skip", "_groups", "_others", "_rules", "skipped")
+        kept = (
+            "_make",
+            "_make_others",
+            "_project",
+            "_check",
+            "_skip",
+            "_groups",
+            "_lanes",
+            "_others",
+            "_rules",
+            "skipped",
+        )
         saved = {"defaults": self.defaults, "param_groups": self.param_groups}
         return {**saved, **{name: getattr(self, name) for name in kept}}
 
@@ -543,6 +765,12 @@ class Riemannian(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._others is not None:
             self.param_groups[len(self._groups) :] = self._others.param_groups
+
+
+def _held(members: Mapping[str, Parameter]) -> _Held:
+    """Return what every rank has whole."""
+    grads = {name: sharding.gradient(p) for name, p in members.items()}
+    return _Held({name: sharding.local(p.detach()) for name, p in members.items()}, grads)
 
 
 def _guarded(work: list[_Work]) -> bool:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_settings import SETTINGS, findings
+from processes import ended, start
 
 import subspace_meta as sm
 from subspace_meta.meta.distributed import Processes
@@ -22,32 +19,6 @@ from subspace_meta.meta.trainer import Trainer
 
 JOB = Path(__file__).with_name("distributed_job.py")
 TRAIN = ("-m", "subspace_meta", "train", "--preset", "smoke", "--eager", "--quiet", "--json")
-
-
-def start(folder: Path, *arguments: str, count: int = 2) -> list[subprocess.Popen]:
-    """Start the processes as torchrun does, by environment variables."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["PYTHONPATH"] = os.pathsep.join([str(JOB.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env={**shared, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Return exit codes, outputs and errors."""
-    texts = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
 @pytest.fixture
