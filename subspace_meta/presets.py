@@ -104,5 +104,23 @@ def release() -> RunPreset:
     return RunPreset("how weights like the shipped ones are made; hours", train, quick().evaluation)
 
 
+def refine() -> RunPreset:
+    """Whole inner loops, for meta-parameters that are stable (``train --preset refine --start base``); 40 minutes."""
+    train = TrainSettings(
+        training_streams(),
+        outer_steps=640,
+        segment=20,
+        longest=640,
+        whole=True,
+        horizon=(40, 640),
+        told=0.5,
+        lr=8e-4,
+        warmup=20,
+    )
+    return RunPreset(
+        "whole inner loops of up to 640 steps, from weights that are good already (--start)", train, quick().evaluation
+    )
+
+
 # Functions, not values: building a preset loads its data.
-RUN_PRESETS: dict[str, Callable[[], RunPreset]] = {"quick": quick, "release": release, "smoke": smoke}
+RUN_PRESETS: dict[str, Callable[[], RunPreset]] = {"quick": quick, "refine": refine, "release": release, "smoke": smoke}

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from subspace_meta import live
 from subspace_meta.adapter import features
-from subspace_meta.checkpoint import CheckpointError, OtherRunError, save_weights, write_atomically
+from subspace_meta.adapter.network import Weights
+from subspace_meta.checkpoint import CheckpointError, OtherRunError, load_weights, save_weights, write_atomically
 from subspace_meta.cli.common import UsageError, console, device_named, print_table, why_no_compiling
 from subspace_meta.evaluation.plots import plot_curves, plot_training
 from subspace_meta.evaluation.protocol import TIE
@@ -29,6 +30,7 @@ from subspace_meta.meta.distributed import Processes
 from subspace_meta.meta.trainer import Trainer
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
 from subspace_meta.presets import RUN_PRESETS, RunPreset
+from subspace_meta.weights import FOLDER, RELEASES
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -47,6 +49,13 @@ def train_command(
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: 0]", min=0)] = None,
     outer_steps: Annotated[int | None, typer.Option(help="Outer steps.  [default: the preset's]", min=1)] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Meta-parameters to begin with: a weights file, or {' or '.join(RELEASES)}, which ship.  "
+            "[default: drawn by the seed]"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run called --name, with the settings that it has.")
     ] = False,
@@ -85,12 +94,20 @@ def train_command(
         "preset": optimizer,
         "seed": seed,
         "outer_steps": outer_steps,
+        "start": start,
         "eager": eager or None,
     }
     if resume:
         config = _config_to_resume(folder, given)
     else:
-        defaults = {"run_preset": "quick", "preset": "base", "seed": 0, "outer_steps": None, "eager": False}
+        defaults = {
+            "run_preset": "quick",
+            "preset": "base",
+            "seed": 0,
+            "outer_steps": None,
+            "start": None,
+            "eager": False,
+        }
         config = {key: default if given[key] is None else given[key] for key, default in defaults.items()}
     where = device_named(device or _usual_device(config, resume))
     processes = Processes.join(where)
@@ -111,8 +128,11 @@ def train_command(
         outer_steps=config["outer_steps"] or chosen.train.outer_steps,
         streams=tuple(dataclasses.replace(s, compiled=s.compiled and not eager) for s in chosen.train.streams),
     )
+    checkpoint = folder / (PREVIOUS if previous else CHECKPOINT)
+    goes_on = resume and (checkpoint.exists() or previous)  # without one the run was stopped before its first
+    begin = None if goes_on else _start(config.get("start"), optimizer)
     try:
-        trainer = Trainer(settings, processes, where)
+        trainer = Trainer(settings, processes, where, begin)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if dry_run:
@@ -120,8 +140,7 @@ def train_command(
             _print_costs(trainer, as_json)
         return
     records: list[dict[str, Any]] = []
-    checkpoint = folder / (PREVIOUS if previous else CHECKPOINT)
-    if resume and (checkpoint.exists() or previous):  # without one the run was stopped before its first
+    if goes_on:
         try:
             trainer.load(checkpoint)
         except OtherRunError:
@@ -136,6 +155,7 @@ def train_command(
             "run_preset": preset,
             "eager": eager,
             "device": where.type,
+            "start": config.get("start"),
             **trainer.describe(),
             "environment": environment(),
         }
@@ -150,6 +170,7 @@ def train_command(
     notes = {
         "run_preset": preset,
         "outer_steps": settings.outer_steps,
+        "start": config["start"],
         "seed": settings.seed,
         "skipped": trainer.skipped,
         "normalisation": {"floor": features.FLOOR, "tiny": features.TINY},
@@ -178,6 +199,19 @@ def _run_preset(name: str) -> RunPreset:
     return RUN_PRESETS[name]()
 
 
+def _start(name: str | None, preset: str) -> Weights | None:
+    """Return the meta-parameters that ``--start`` names, ``None`` where it is not given."""
+    if name is None:
+        return None
+    path = FOLDER / RELEASES[name] if name in RELEASES else Path(name)
+    if not path.exists():
+        raise UsageError(f"--start {name}: there is no such file, and the weights that ship are {', '.join(RELEASES)}")
+    weights, adapter = load_weights(path)
+    if adapter != PRESETS[preset]:
+        raise UsageError(f"--start {name}: these are weights of {adapter}, the run is of preset {preset!r}")
+    return weights
+
+
 def _usual_device(config: dict[str, Any], resume: bool) -> str:
     """Return the device of a run that names none; a stopped run that had one goes on without where there is none."""
     usual = "cuda" if config["run_preset"] == "release" else "cpu"
@@ -202,8 +236,8 @@ def _config_to_resume(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{folder}: no checkpoint to go on from; start the run without --resume")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     for key, value in given.items():
-        if value is not None and value != config[key]:
-            raise UsageError(f"{folder} was begun with {key} {config[key]!r}, not {value!r}; leave that option out")
+        if value is not None and value != config.get(key):
+            raise UsageError(f"{folder} was begun with {key} {config.get(key)!r}, not {value!r}; leave that option out")
     return config
 
 

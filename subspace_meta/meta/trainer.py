@@ -35,7 +35,7 @@ from subspace_meta.meta.cost import Cost, entries, predict
 from subspace_meta.meta.distributed import CPU, Processes
 from subspace_meta.meta.isolation import segment_gradient
 from subspace_meta.meta.unroll import Carry, InnerLoop
-from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer
+from subspace_meta.optimizers.subspace import PRESETS, SubspaceOptimizer, check_weights
 from subspace_meta.tasks.base import Data, TaskFamily, describe
 from subspace_meta.tasks.placement import moved, on_device
 
@@ -94,6 +94,10 @@ class TrainSettings:
             loop is old, from ``segment`` up to a bound that doubles in equal parts of the training (before
             ``restart``) until it is ``longest``: what is decided late in an inner loop shows later, and a derivative
             through many steps is of use only once the optimizer is stable. ``None``: all have the length ``segment``.
+        whole: segments have the length ``longest`` from the start, at any age. Where no inner loop is longer nothing is
+            truncated; truncation prefers steps that are good for the next ``longest`` losses, which where noise limits
+            progress are too short for later ones (Wu, Ren, Liao, Grosse, "Understanding short-horizon bias in
+            stochastic meta-optimization", ICLR 2018). For meta-parameters that are stable already.
         horizon: shortest and longest inner loop, in steps; drawn log-uniformly.
         told: share of inner loops whose optimizer is told their number of steps, and whose outer loss counts mostly at
             the end: half of it as ever, half in proportion to (t / steps)^7.
@@ -110,6 +114,7 @@ class TrainSettings:
     outer_steps: int = 400
     segment: int = 20
     longest: int | None = None
+    whole: bool = False
     horizon: tuple[int, int] = (40, 400)
     told: float = 0.0
     lr: float = 3e-3
@@ -145,6 +150,8 @@ class TrainSettings:
 
     def segment_at(self, outer_step: int, age: int, horizon: int) -> int:
         """Return the length of the segment that follows ``age`` steps of an inner loop of ``horizon`` steps."""
+        if self.whole:
+            return min(self.longest_segment, horizon - age)
         part = (self.doublings + 1) * outer_step // (self.restart or self.outer_steps)
         return min(max(self.segment, age), self.segment * 2 ** min(part, self.doublings), horizon - age)
 
@@ -197,9 +204,10 @@ class Trainer:
         settings: the run's settings.
         processes: which part of the tasks is this process's; all call the same methods in the same order.
         device: where inner loops run and meta-parameters lie; with several processes each may have its own.
+        start: the meta-parameters to begin with; ``None``: those that :meth:`init_weights` of the preset draws.
 
     Raises:
-        ValueError: a stream has fewer tasks than there are processes.
+        ValueError: a stream has fewer tasks than there are processes, or ``start`` is not of the preset.
 
     Attributes:
         settings: the run's settings.
@@ -211,7 +219,11 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: TrainSettings, processes: Processes | None = None, device: torch.device | str = "cpu"
+        self,
+        settings: TrainSettings,
+        processes: Processes | None = None,
+        device: torch.device | str = "cpu",
+        start: Weights | None = None,
     ) -> None:
         self.settings = settings
         self.processes = processes or Processes()
@@ -219,7 +231,10 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.sampler = self._sampler_from(0)
         adapter = PRESETS[settings.preset]
-        self.theta: Weights = moved(adapter.init_weights(self.generator), self.device)
+        drawn = adapter.init_weights(self.generator)
+        if start is not None:
+            check_weights(adapter, start)
+        self.theta: Weights = moved(drawn if start is None else {name: start[name] for name in drawn}, self.device)
         self.first_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.second_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.outer_step = 0
@@ -473,6 +488,7 @@ class Trainer:
             "outer_steps": settings.outer_steps,
             "segment": settings.segment,
             "longest": settings.longest,
+            "whole": settings.whole,
             "horizon": list(settings.horizon),
             "told": settings.told,
             "lr": settings.lr,

@@ -197,6 +197,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert logs[0] == logs[1]
 
 
+def test_training_begins_with_given_weights(tmp_path: Path) -> None:
+    options = ("train", "--preset", "smoke", "--outer-steps", "1", "--quiet", "--json", "--start", "base")
+    assert run(*options, "--name", "one", cwd=tmp_path).returncode == 0
+    found, shipped = sm.load_weights(tmp_path / "runs/one/weights.safetensors")[0], sm.pretrained()
+    # One step of Adam at the peak of the smoke run's rate, 3e-3, from its first tenth on.
+    assert max(float((found[name] - shipped[name]).abs().max()) for name in shipped) < 4e-3
+    assert any(not torch.equal(found[name], shipped[name]) for name in shipped)
+    assert json.loads((tmp_path / "runs/one/config.json").read_text())["start"] == "base"
+    refused = run("train", "--name", "one", "--resume", "--start", "light", cwd=tmp_path)
+    assert_one_line_error(refused, "begun with start 'base', not 'light'")
+
+
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert done.stdout == ""
@@ -210,8 +222,11 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
     [
         (("train", "--presett", "quick"), ("No such option: --presett", "--preset")),
         (("memory", "--model", "vgg"), ("unknown", "resnet50, transformer")),
-        (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, release, smoke")),
+        (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, refine, release, smoke")),
         (("train", "--optimizer", "adam"), ("unknown optimizer preset 'adam'", "base, light, paper")),
+        (("train", "--start", "bases"), ("--start bases", "no such file", "base, light")),
+        (("train", "--preset", "smoke", "--optimizer", "light", "--start", "good.safetensors"), ("of preset 'light'",)),
+        (("train", "--preset", "smoke", "--start", "text.txt"), ("text.txt", "not a readable safetensors file")),
         (("train", "--outer-steps", "0"), ("--outer-steps", "greater than or equal to 1")),
         (("train", "--resume"), ("--resume needs --name",)),
         (("train", "--resume", "--name", "none"), ("runs/none", "without --resume")),

@@ -160,6 +160,25 @@ def test_segments_grow_with_the_age_and_with_the_training() -> None:
     assert [replace(settings, longest=None).segment_at(t, 50, 100) for t in (0, 79)] == [5, 5]
 
 
+def test_whole_inner_loops_are_one_segment() -> None:
+    settings = replace(SETTINGS, segment=5, longest=20, horizon=(5, 100), whole=True)
+    assert [settings.segment_at(0, 0, horizon) for horizon in (5, 15, 20)] == [5, 15, 20]
+    assert [settings.segment_at(0, age, 50) for age in (0, 20, 40)] == [20, 20, 10]
+    trainer = Trainer(replace(SETTINGS, streams=SETTINGS.streams[:1], longest=16, horizon=(8, 16), whole=True))
+    records = list(trainer.run())
+    assert all(record["inner_step"] == record["horizon"] for record in records)
+
+
+def test_a_start_is_where_training_begins() -> None:
+    other = Trainer(replace(SETTINGS, seed=9)).theta
+    trainer = Trainer(SETTINGS, start=other)
+    assert all(torch.equal(trainer.theta[name], value) for name, value in other.items())
+    # The tasks are those of a run without it.
+    assert trainer.generator.get_state().equal(Trainer(SETTINGS).generator.get_state())
+    with pytest.raises(ValueError, match="lstm"):
+        Trainer(SETTINGS, start={name: value for name, value in other.items() if name != "lstm.weight"})
+
+
 def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
     settings = replace(SETTINGS, streams=SETTINGS.streams[:1], restart=6, longest=16, horizon=(80, 80))
     whole = Trainer(settings)
