@@ -49,6 +49,13 @@ def train_command(
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: 0]", min=0)] = None,
     outer_steps: Annotated[int | None, typer.Option(help="Outer steps.  [default: the preset's]", min=1)] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="How long the run lasts instead, sittings added up; its schedules follow the time.", min=1.0),
+    ] = None,
+    stop_after: Annotated[
+        float | None, typer.Option(help="End this sitting after so many seconds; --resume goes on.", min=1.0)
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +101,7 @@ def train_command(
         "preset": optimizer,
         "seed": seed,
         "outer_steps": outer_steps,
+        "seconds": seconds,
         "start": start,
         "eager": eager or None,
     }
@@ -105,6 +113,7 @@ def train_command(
             "preset": "base",
             "seed": 0,
             "outer_steps": None,
+            "seconds": None,
             "start": None,
             "eager": False,
         }
@@ -126,6 +135,7 @@ def train_command(
         seed=config["seed"],
         preset=optimizer,
         outer_steps=config["outer_steps"] or chosen.train.outer_steps,
+        seconds=config.get("seconds"),
         streams=tuple(dataclasses.replace(s, compiled=s.compiled and not eager) for s in chosen.train.streams),
     )
     checkpoint = folder / (PREVIOUS if previous else CHECKPOINT)
@@ -161,15 +171,18 @@ def train_command(
         }
         write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     began = time.perf_counter()
-    _train(trainer, records, folder, quiet or not first, checkpoint_seconds)
+    done = _train(trainer, records, folder, quiet or not first, checkpoint_seconds, stop_after)
     processes.leave()
     if not first:
         return  # its part is done; the first process judges and writes
+    if not done:
+        console.print(f"stopped after {trainer.outer_step} outer steps; train --name {folder.name} --resume goes on")
+        return
     trained_for = time.perf_counter() - began
     adapter = PRESETS[optimizer]
     notes = {
         "run_preset": preset,
-        "outer_steps": settings.outer_steps,
+        "outer_steps": trainer.outer_step,
         "start": config["start"],
         "seed": settings.seed,
         "skipped": trainer.skipped,
@@ -179,7 +192,7 @@ def train_command(
     results = _evaluate(chosen, trainer.theta, adapter, quiet, where)
     text = (
         f"Optimizer preset `{optimizer}`, {sum(v.numel() for v in trainer.theta.values()):,} meta-parameters, "
-        f"{settings.outer_steps} outer steps, seed {settings.seed}; trained for {trained_for:.0f} s (compilation "
+        f"{trainer.outer_step} outer steps, seed {settings.seed}; trained for {trained_for:.0f} s (compilation "
         f"included) on {_in_words(where)} in this sitting; {trainer.skipped} non-finite meta-gradients were skipped."
         "\n\n![outer loss](training.png)"
     )
@@ -267,9 +280,19 @@ def _print_costs(trainer: Trainer, as_json: bool) -> None:
         )
 
 
-def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet: bool, seconds: float) -> None:
-    """Run the outer loop with a progress bar, a log, and a checkpoint every so many seconds and on Ctrl-C."""
+def _train(
+    trainer: Trainer,
+    records: list[dict[str, Any]],
+    folder: Path,
+    quiet: bool,
+    seconds: float,
+    stop_after: float | None,
+) -> bool:
+    """Run the outer loop with a progress bar, a log, and a checkpoint every so many seconds and on Ctrl-C.
 
+    Returns:
+        Whether the run is at its end, or only this sitting.
+    """
     processes = trainer.processes
 
     def save() -> None:
@@ -278,20 +301,20 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
             write_atomically(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
         trainer.save(folder / CHECKPOINT, folder / PREVIOUS)
 
-    saved = time.perf_counter()
+    began = saved = time.perf_counter()
     curves = (
         live.tensorboard(folder / "tensorboard", trainer.outer_step) if processes.rank == 0 else nullcontext(_ignore)
     )
     with _deferred_interrupt() as interrupted, live.progress(console, quiet) as progress, curves as draw:
         note = "compiling the inner loops ..." if any(s.compiled for s in trainer.settings.streams) else ""
         total = trainer.settings.outer_steps
-        bar = progress.add_task("training", total=total, completed=trainer.outer_step, note=note)
+        bar = progress.add_task("training", total=total, completed=trainer.position, note=note)
         smooth: float | None = None
         for figures in trainer.run():
             records.append(figures)
             draw(figures)
             smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]
-            progress.update(bar, completed=trainer.outer_step, note=f"outer loss {smooth:6.2f}")
+            progress.update(bar, completed=trainer.position, note=f"outer loss {smooth:6.2f}")
             # What one process sees, all do: a checkpoint has a part of each.
             if processes.any(interrupted()):
                 save()
@@ -299,7 +322,10 @@ def _train(trainer: Trainer, records: list[dict[str, Any]], folder: Path, quiet:
             if processes.any(time.perf_counter() - saved > seconds):
                 save()
                 saved = time.perf_counter()
+            if stop_after is not None and processes.any(time.perf_counter() - began > stop_after):
+                break
     save()
+    return trainer.position >= total
 
 
 def _ignore(figures: Mapping[str, Any]) -> None:

@@ -89,6 +89,9 @@ class TrainSettings:
         streams: what is trained on.
         preset: name of the optimizer preset.
         outer_steps: number of updates of the meta-parameters.
+        seconds: how long the run lasts instead, in seconds of outer steps, sittings added up. The schedules then follow
+            the time: after a third of it they are where they would be after a third of ``outer_steps``. Such a run
+            cannot be repeated exactly. ``None``: it lasts ``outer_steps``.
         segment: inner steps of the first truncation segment of an inner loop.
         longest: inner steps of the longest segment, ``segment`` times a power of 2. A segment is as long as its inner
             loop is old, from ``segment`` up to a bound that doubles in equal parts of the training (before
@@ -112,6 +115,7 @@ class TrainSettings:
     streams: tuple[StreamSettings, ...]
     preset: str = "base"
     outer_steps: int = 400
+    seconds: float | None = None
     segment: int = 20
     longest: int | None = None
     whole: bool = False
@@ -131,6 +135,8 @@ class TrainSettings:
             raise ValueError(f"the longest segment must be {self.segment} steps times a power of 2, got {self.longest}")
         if self.restart is not None and not 0 < self.restart < self.outer_steps:
             raise ValueError(f"the restart must be one of {self.outer_steps} outer steps, got {self.restart}")
+        if self.seconds is not None and not 0.0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be positive and finite, or None, got {self.seconds}")
         if not 0.0 <= self.told <= 1.0:
             raise ValueError(f"told is a share, from 0 to 1, got {self.told}")
         if self.preset not in PRESETS:
@@ -214,6 +220,7 @@ class Trainer:
         device: where everything lies.
         theta: the meta-parameters.
         outer_step: updates attempted so far.
+        elapsed: seconds that outer steps have taken, sittings added up; the mean over all processes.
         skipped: updates that were skipped because no task of the segment was finite.
         spoiled_tasks: tasks that were left out of their segment's meta-gradient because they were not finite.
     """
@@ -238,6 +245,7 @@ class Trainer:
         self.first_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.second_moment = {name: torch.zeros_like(value) for name, value in self.theta.items()}
         self.outer_step = 0
+        self.elapsed = 0.0
         self.updates = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -291,6 +299,14 @@ class Trainer:
             if stream.told:
                 stream.carry = stream.carry._replace(state=adapter.with_budget(stream.carry.state, stream.horizon))
 
+    @property
+    def position(self) -> int:
+        """Where the schedules are, from 0 to the number of outer steps, where the run ends."""
+        settings = self.settings
+        if settings.seconds is None:
+            return self.outer_step
+        return min(settings.outer_steps, int(settings.outer_steps * self.elapsed / settings.seconds))
+
     def step(self) -> dict[str, Any]:
         """Take one outer step and return its figures."""
         began = time.perf_counter()
@@ -305,7 +321,7 @@ class Trainer:
         family = stream.family
         part = stream.part
         measured = {name: value[part] for name, value in family.measured(stream.data).items()}
-        length = self.settings.segment_at(self.outer_step, stream.age, stream.horizon)
+        length = self.settings.segment_at(self.position, stream.age, stream.horizon)
         batches = family.sample(stream.data, self.sampler, length)
         batches = {name: value[:, part] for name, value in batches.items()}
         initial, reference = stream.initial[part], stream.data["reference"][part]
@@ -354,18 +370,20 @@ class Trainer:
             "outer_loss": float(found.loss),
             "final_log_excess": float(total(final) / (stream.settings.tasks - spoiled)),
             "gradient_norm": float(norm),
-            "learning_rate": self.settings.learning_rate(self.outer_step),
+            "learning_rate": self.settings.learning_rate(self.position),
             "skipped": self.skipped,
             "spoiled_tasks": self.spoiled_tasks,
             "seconds": time.perf_counter() - began,
         }
         self.outer_step += 1
+        spent = torch.tensor(figures["seconds"], dtype=torch.float64)
+        self.elapsed += float(total(spent)) / self.processes.count
         return figures
 
     def _descend(self, gradient: Weights, norm: Tensor) -> None:
         """Move the meta-parameters by Adam (Kingma and Ba 2015) along the clipped meta-gradient."""
         self.updates += 1
-        lr = self.settings.learning_rate(self.outer_step)
+        lr = self.settings.learning_rate(self.position)
         clip = (self.settings.clip / (norm + 1e-12)).clamp(max=1.0)
         for name, value in gradient.items():
             g = clip * value
@@ -392,7 +410,7 @@ class Trainer:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Take the outer steps that are left, yielding the figures of each."""
-        while self.outer_step < self.settings.outer_steps:
+        while self.position < self.settings.outer_steps:
             yield self.step()
 
     def save(self, path: Path, previous: Path | None = None) -> None:
@@ -429,6 +447,7 @@ class Trainer:
             "settings": self.describe(),
             "processes": self.processes.count,
             "outer_step": self.outer_step,
+            "elapsed": self.elapsed,
             "updates": self.updates,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -472,7 +491,7 @@ class Trainer:
             stream.data, stream.initial = _restored((stream.data, stream.initial), tensors, shared)
             stream.carry = _restored(stream.carry, tensors, own)
             stream.horizon, stream.age, stream.told = saved["horizon"], saved["age"], saved["told"]
-        for counter in ("outer_step", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
+        for counter in ("outer_step", "elapsed", "updates", "skipped", "skipped_in_a_row", "spoiled_tasks"):
             setattr(self, counter, content[counter])
         self.generator.set_state(tensors["generator"])
         if self.sampler is not self.generator:
@@ -486,6 +505,7 @@ class Trainer:
         return {
             "preset": settings.preset,
             "outer_steps": settings.outer_steps,
+            "seconds": settings.seconds,
             "segment": settings.segment,
             "longest": settings.longest,
             "whole": settings.whole,

@@ -209,6 +209,28 @@ def test_training_begins_with_given_weights(tmp_path: Path) -> None:
     assert_one_line_error(refused, "begun with start 'base', not 'light'")
 
 
+def test_a_run_of_given_seconds_and_one_in_two_sittings(tmp_path: Path) -> None:
+    options = ("train", "--preset", "smoke", "--quiet", "--json")
+
+    def records(name: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+
+    done = run(*options, "--name", "timed", "--seconds", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    spent = [record["seconds"] for record in records("timed")]
+    assert sum(spent[:-1]) < 1.0 <= sum(spent)
+
+    done = run(*options, "--name", "two", "--outer-steps", "200", "--stop-after", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train --name two --resume goes on" in done.stderr
+    assert 0 < len(records("two")) < 200
+    assert not (tmp_path / "runs/two/weights.safetensors").exists()
+    done = run("train", "--name", "two", "--resume", "--quiet", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(records("two")) == 200
+    assert (tmp_path / "runs/two/weights.safetensors").is_file()
+
+
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert done.stdout == ""

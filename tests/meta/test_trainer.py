@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,6 +178,21 @@ def test_a_start_is_where_training_begins() -> None:
     assert trainer.generator.get_state().equal(Trainer(SETTINGS).generator.get_state())
     with pytest.raises(ValueError, match="lstm"):
         Trainer(SETTINGS, start={name: value for name, value in other.items() if name != "lstm.weight"})
+
+
+def test_a_run_of_given_seconds_follows_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("subspace_meta.meta.trainer.time.perf_counter", lambda: float(next(ticks)))  # a step takes 1 s
+    settings = replace(SETTINGS, streams=SETTINGS.streams[:1], outer_steps=12, seconds=4.0)
+    records = list(Trainer(settings).run())
+    assert [record["learning_rate"] for record in records] == [settings.learning_rate(t) for t in (0, 3, 6, 9)]
+    first, second = Trainer(settings), Trainer(settings)
+    first.step()
+    first.save(tmp_path / "checkpoint.safetensors")
+    second.load(tmp_path / "checkpoint.safetensors")
+    assert list(second.run()) == records[1:]
+    with pytest.raises(ValueError, match="seconds must be positive and finite"):
+        replace(SETTINGS, seconds=0.0)
 
 
 def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
