@@ -1,8 +1,8 @@
 """The pieces of a step: what is to be done, the step itself, a look at its results, and writing them.
 
-:func:`plan`, :func:`advanced`, :func:`finite` and :func:`commit`, in this order; until the last one no parameter has
-moved and no state has changed. ``torch.compile(optimizer.step)`` compiles :func:`advanced`; the others are plain Python
-about names and values.
+:func:`plan`, :func:`advanced`, :func:`finite` and :func:`commit`, in this order. What a step computes is written by
+the last one; before it, only weights that somebody else moved are brought back, and states started.
+``torch.compile(optimizer.step)`` compiles :func:`advanced`; the others are plain Python about names and values.
 """
 
 from __future__ import annotations
