@@ -11,7 +11,12 @@ parametrization, nothing to remove before saving the model.
 ``states``            the functional state of many matrices, seen as the state of each parameter, and back
 ``cohorts``           parameters that are stepped together: their functional optimizer, its state, their last values
 ``sharding``          parameters of which every rank has a part: owners, exchanges, errors, layout for checkpoints
-``shell``             the optimizer: construction, step, saving and loading
+``contents``          what an optimizer consists of: settings, and what is kept for each group
+``construction``      settings and parameter groups, found right before anything is changed
+``stepping``          the pieces of a step: what is to be done, the step, a look at its results, writing them
+``ranks``             the same where parameters are split over ranks: to their owners, and back
+``saving``            state and options in torch's layout, and back
+``shell``             the optimizer as torch knows one: holds the contents, hands them to the four above
 ``learned``           the shell with the learned optimizer inside
 ====================  ================================================================================================
 

@@ -12,7 +12,9 @@ from torch.nn import Module
 
 from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry
-from subspace_meta.optim.shell import Others, Riemannian, Rules
+from subspace_meta.optim import construction
+from subspace_meta.optim.contents import Others, Rules
+from subspace_meta.optim.shell import Riemannian
 from subspace_meta.optimizers.subspace import Adapter, SubspaceOptimizer
 from subspace_meta.weights import pretrained
 
@@ -70,5 +72,5 @@ class SubspaceMeta(Riemannian):
                 raise ValueError("an adapter with settings of its own needs its weights")
             weights = pretrained(preset)
         make = MakeLearned(dict(weights), preset)
-        settings = {"lr": lr, "guarded": guarded, "steps": steps}
-        self._set_up(params, rules, make, settings, others, project, check_gradients, non_finite)
+        chosen = construction.settings_of(make, rules, others, project, check_gradients, non_finite)
+        self._set_up(params, chosen, {"lr": lr, "guarded": guarded, "steps": steps})
