@@ -287,5 +287,7 @@ class Riemannian(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up a copy's or a pickle's state."""
+        defaults = dict(state["defaults"])
         super().__setstate__(state)
+        self.defaults = defaults  # torch adds an option that these optimizers do not have
         self._list_others()

@@ -252,6 +252,23 @@ def test_copies_and_pickles_go_on_alike(name):
 
 
 @learned_and_hand_made
+def test_a_copy_made_before_the_first_step_is_as_good(name):
+    model = network()
+    optimizer = shell(name, model)
+    for its_model, its_optimizer in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
+        assert its_optimizer.defaults == optimizer.defaults
+        its_optimizer.load_state_dict(optimizer.state_dict())
+        train(its_optimizer, its_model, 2)
+        extra = torch.nn.Parameter(torch.eye(3, dtype=torch.float64))
+        its_optimizer.add_param_group({"params": [("extra", extra)]})
+    train(optimizer, model, 2)
+    assert_equal(values(its_model), values(model))
+
+
+@learned_and_hand_made
 def test_gradients_clipped_by_their_global_norm(name):
     model = network()
     optimizer = shell(name, model)
