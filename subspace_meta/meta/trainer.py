@@ -66,6 +66,11 @@ class StreamSettings:
         families: task families; a set of inner loops uses one, drawn at random.
         tasks: inner loops that run side by side.
         weight: share of outer steps, relative to the other streams.
+        segment: length of all truncation segments, at any age; ``None``: as ``TrainSettings`` says. Where no inner loop
+            is longer nothing is truncated. Truncation prefers steps that are good for the losses of the same segment;
+            where noise limits progress those are too short for later ones (Wu, Ren, Liao, Grosse, "Understanding
+            short-horizon bias in stochastic meta-optimization", ICLR 2018). Where inner loops are chaotic a derivative
+            through many steps says nothing.
         compiled: compile this stream's inner loops, one for each problem.
         first_order: treat inner gradients as constants.
     """
@@ -73,12 +78,15 @@ class StreamSettings:
     families: tuple[TaskFamily, ...]
     tasks: int = 16
     weight: float = 1.0
+    segment: int | None = None
     compiled: bool = True
     first_order: bool = False
 
     def __post_init__(self) -> None:
         if not self.families:
             raise ValueError("a stream needs at least one task family")
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"a segment has at least one step, got {self.segment}")
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,6 @@ class TrainSettings:
             loop is old, from ``segment`` up to a bound that doubles in equal parts of the training (before
             ``restart``) until it is ``longest``: what is decided late in an inner loop shows later, and a derivative
             through many steps is of use only once the optimizer is stable. ``None``: all have the length ``segment``.
-        whole: segments have the length ``longest`` from the start, at any age. Where no inner loop is longer nothing is
-            truncated; truncation prefers steps that are good for the next ``longest`` losses, which where noise limits
-            progress are too short for later ones (Wu, Ren, Liao, Grosse, "Understanding short-horizon bias in
-            stochastic meta-optimization", ICLR 2018). For meta-parameters that are stable already.
         horizon: shortest and longest inner loop, in steps; drawn log-uniformly.
         told: share of inner loops whose optimizer is told their number of steps, and whose outer loss counts mostly at
             the end: half of it as ever, half in proportion to (t / steps)^7.
@@ -118,7 +122,6 @@ class TrainSettings:
     seconds: float | None = None
     segment: int = 20
     longest: int | None = None
-    whole: bool = False
     horizon: tuple[int, int] = (40, 400)
     told: float = 0.0
     lr: float = 3e-3
@@ -156,8 +159,6 @@ class TrainSettings:
 
     def segment_at(self, outer_step: int, age: int, horizon: int) -> int:
         """Return the length of the segment that follows ``age`` steps of an inner loop of ``horizon`` steps."""
-        if self.whole:
-            return min(self.longest_segment, horizon - age)
         part = (self.doublings + 1) * outer_step // (self.restart or self.outer_steps)
         return min(max(self.segment, age), self.segment * 2 ** min(part, self.doublings), horizon - age)
 
@@ -272,7 +273,7 @@ class Trainer:
             PresetOptimizer(self.settings.preset),
             # Segments are short: all their residuals fit, and nothing is run twice.
             interval=self.settings.segment,
-            kept=self.settings.longest_segment // self.settings.segment,
+            kept=-(-(stream.segment or self.settings.longest_segment) // self.settings.segment),
             bounded=True,
             compiled=stream.compiled,
             first_order=stream.first_order,
@@ -321,7 +322,10 @@ class Trainer:
         family = stream.family
         part = stream.part
         measured = {name: value[part] for name, value in family.measured(stream.data).items()}
-        length = self.settings.segment_at(self.position, stream.age, stream.horizon)
+        if stream.settings.segment is None:
+            length = self.settings.segment_at(self.position, stream.age, stream.horizon)
+        else:
+            length = min(stream.settings.segment, stream.horizon - stream.age)
         batches = family.sample(stream.data, self.sampler, length)
         batches = {name: value[:, part] for name, value in batches.items()}
         initial, reference = stream.initial[part], stream.data["reference"][part]
@@ -404,7 +408,12 @@ class Trainer:
             carry = loop.start(self.theta, family.init(data, generator))
             batch = family.sample(data, generator, 1)
             costs[f"{i}: {family.name}"] = predict(
-                loop, self.theta, carry, batch, family.measured(data), self.settings.longest_segment
+                loop,
+                self.theta,
+                carry,
+                batch,
+                family.measured(data),
+                stream.settings.segment or self.settings.longest_segment,
             )
         return costs
 
@@ -508,7 +517,6 @@ class Trainer:
             "seconds": settings.seconds,
             "segment": settings.segment,
             "longest": settings.longest,
-            "whole": settings.whole,
             "horizon": list(settings.horizon),
             "told": settings.told,
             "lr": settings.lr,
@@ -521,6 +529,7 @@ class Trainer:
                     "families": [describe(family) for family in s.families],
                     "tasks": s.tasks,
                     "weight": s.weight,
+                    "segment": s.segment,
                     "compiled": s.compiled,
                     "first_order": s.first_order,
                 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import subspace_meta as sm
+from subspace_meta.checkpoint import OtherRunError
 from subspace_meta.meta.trainer import (
     LOSS_FLOOR,
     MOST_SKIPPED,
@@ -161,13 +162,18 @@ def test_segments_grow_with_the_age_and_with_the_training() -> None:
     assert [replace(settings, longest=None).segment_at(t, 50, 100) for t in (0, 79)] == [5, 5]
 
 
-def test_whole_inner_loops_are_one_segment() -> None:
-    settings = replace(SETTINGS, segment=5, longest=20, horizon=(5, 100), whole=True)
-    assert [settings.segment_at(0, 0, horizon) for horizon in (5, 15, 20)] == [5, 15, 20]
-    assert [settings.segment_at(0, age, 50) for age in (0, 20, 40)] == [20, 20, 10]
-    trainer = Trainer(replace(SETTINGS, streams=SETTINGS.streams[:1], longest=16, horizon=(8, 16), whole=True))
-    records = list(trainer.run())
-    assert all(record["inner_step"] == record["horizon"] for record in records)
+def test_a_stream_with_segments_of_its_own(tmp_path: Path) -> None:
+    stream = replace(SETTINGS.streams[0], segment=16)  # inner loops that are not longer are one segment each
+    settings = replace(SETTINGS, streams=(stream,), horizon=(8, 24))
+    records = list(Trainer(settings).run())
+    horizons = [record["horizon"] for record in records]
+    assert min(horizons) <= 16 < max(horizons)
+    assert all(record["inner_step"] in (min(16, record["horizon"]), record["horizon"]) for record in records)
+    Trainer(settings).save(tmp_path / "checkpoint.safetensors")
+    with pytest.raises(OtherRunError, match="streams"):
+        Trainer(replace(settings, streams=SETTINGS.streams[:1])).load(tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        replace(stream, segment=0)
 
 
 def test_a_start_is_where_training_begins() -> None:
