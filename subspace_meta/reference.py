@@ -24,7 +24,7 @@ from subspace_meta.manifolds import Euclidean, Grassmann, Manifold, PolarNewtonS
 
 RATIO_FLOOR = 1e-6
 ZERO_GUARD = 1e-30
-QUINTIC = (3.4445, -4.7750, 2.0315)
+QUINTIC = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,10 @@ def _unit(direction: Tensor, more: float = 0.0) -> Tensor:
 
 
 def _orthonormal(direction: Tensor) -> Tensor:
-    """Return the direction with its singular values s, relative to its norm, sent towards 1 by five quintic steps."""
+    """Return the direction with its singular values s, relative to its norm, sent towards 1 by three quintic steps."""
     left, values, right = torch.linalg.svd(direction, full_matrices=False)
     values = values / math.sqrt(float(values.square().sum()) + ZERO_GUARD)
-    a, b, c = QUINTIC
-    for _ in range(5):
+    for a, b, c in QUINTIC:
         values = a * values + b * values**3 + c * values**5
     return left @ torch.diag(values) @ right
 

@@ -23,6 +23,7 @@ FAST, SLOW = 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
 OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS, DECAY_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0), (-6.0, 7.0)
 SPENT = 1e-20
+QUINTIC = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
 def project(x: Any, v: Any) -> Any:
@@ -62,16 +63,16 @@ def energies(a: Any, b: Any) -> Any:
 
 
 def orthonormal_mix(direction: Any, squares: Any, share: Any) -> tuple[Any, Any]:
-    """Mix a tall direction with its orthonormal factor (five quintic Newton-Schulz steps on the Gram matrix)."""
+    """Mix a tall direction with its orthonormal factor (three quintic Newton-Schulz steps on the Gram matrix)."""
     p = direction.shape[1]
     eye = jnp.eye(p, dtype=direction.dtype)
     scale = 1.0 / jnp.sqrt(squares * p + TINY)
     gram = power = direction.T @ direction * scale * scale
     factor = eye
-    for iteration in range(5):
-        polynomial = 3.4445 * eye + power @ (-4.7750 * eye + 2.0315 * power)
-        factor = factor @ polynomial
-        if iteration < 4:
+    for iteration, (a, b, c) in enumerate(QUINTIC):
+        polynomial = a * eye + power @ (b * eye + c * power)
+        factor = factor @ polynomial if iteration else polynomial
+        if iteration + 1 < len(QUINTIC):
             power = polynomial @ power @ polynomial
 
     def column_squares(polynomial: Any) -> Any:
