@@ -380,7 +380,7 @@ class Trainer:
             "seconds": time.perf_counter() - began,
         }
         self.outer_step += 1
-        spent = torch.tensor(figures["seconds"], dtype=torch.float64)
+        spent = torch.tensor(figures["seconds"], dtype=torch.float64, device=CPU)
         self.elapsed += float(total(spent)) / self.processes.count
         return figures
 
