@@ -4,7 +4,6 @@ It is built and installed into an empty environment, without a network. Links th
 environment that runs the tests, so that torch is neither fetched nor copied; what is not required cannot be imported.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-MISSING = [name for name in ("pip", "hatchling") if importlib.util.find_spec(name) is None]
+# Not importlib.util.find_spec: to look for pip makes setuptools, when it is imported later, take the old distutils.
+INSTALLED = {distribution.name for distribution in metadata.distributions()}
+MISSING = [name for name in ("pip", "hatchling") if name not in INSTALLED]
 PROGRAM = """
 import importlib.util, json
 from importlib.resources import files
