@@ -6,7 +6,7 @@ Training and evaluation never share data: the partition is in ``subspace_meta.ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from subspace_meta.evaluation.protocol import EvaluationTask
 from subspace_meta.meta.distribution import training_streams
@@ -110,12 +110,15 @@ def refine() -> RunPreset:
     Inner loops of the six streams where noise limits progress are differentiated whole; the others, where a derivative
     through so many steps often explodes, in segments of 160 steps. A quarter of an hour on one core.
     """
-    stable = ("synthetic PCA", "PCA of", "orthonormal classification", "least squares on Stiefel", "logistic")
-    streams = tuple(
-        replace(stream, segment=640 if stream.families[0].name.startswith(stable) else 160)
-        for stream in training_streams()
+    train = TrainSettings(
+        training_streams(far=640, near=160),
+        outer_steps=500,
+        segment=20,
+        horizon=(40, 640),
+        told=0.5,
+        lr=1e-3,
+        warmup=20,
     )
-    train = TrainSettings(streams, outer_steps=500, segment=20, horizon=(40, 640), told=0.5, lr=1e-3, warmup=20)
     return RunPreset("more steps in sight, from weights that are good already (--start)", train, quick().evaluation)
 
 

@@ -30,7 +30,7 @@ from subspace_meta.meta.distributed import Processes
 from subspace_meta.meta.trainer import Trainer
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
 from subspace_meta.presets import RUN_PRESETS, RunPreset
-from subspace_meta.weights import FOLDER, RELEASES
+from subspace_meta.weights import RELEASES, located
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -216,7 +216,7 @@ def _start(name: str | None, preset: str) -> Weights | None:
     """Return the meta-parameters that ``--start`` names, ``None`` where it is not given."""
     if name is None:
         return None
-    path = FOLDER / RELEASES[name] if name in RELEASES else Path(name)
+    path = located(name)
     if not path.exists():
         raise UsageError(f"--start {name}: there is no such file, and the weights that ship are {', '.join(RELEASES)}")
     weights, adapter = load_weights(path)

@@ -46,8 +46,14 @@ def _sizes(count: int, rows: tuple[int, int], generator: torch.Generator) -> Ite
         yield d, _log_uniform(2, d // 2, generator), _log_uniform(16, 256, generator)
 
 
-def training_streams() -> tuple[StreamSettings, ...]:
-    """Return the streams of the release; loads their data sets."""
+def training_streams(far: int | None = None, near: int | None = None) -> tuple[StreamSettings, ...]:
+    """Return the streams of the release; loads their data sets.
+
+    Args:
+        far: length of the truncation segments of the streams where noise limits progress; derivatives through their
+            inner loops are of use over many steps.
+        near: of the others, where they often explode. ``None``: as the settings of the training say.
+    """
     generator = torch.Generator().manual_seed(SEED)
     orthonormal: tuple[Manifold, ...] = (Stiefel(), Grassmann())
     digits, wine, cancer = data.digits_first_half, data.wine, data.breast_cancer
@@ -127,19 +133,23 @@ def training_streams() -> tuple[StreamSettings, ...]:
     )
 
     def stream(
-        families: tuple[TaskFamily, ...], weight: float, tasks: int = 16, first_order: bool = False
+        families: tuple[TaskFamily, ...],
+        weight: float,
+        tasks: int = 16,
+        segment: int | None = near,
+        first_order: bool = False,
     ) -> StreamSettings:
-        return StreamSettings(families, tasks, weight, compiled=False, first_order=first_order)
+        return StreamSettings(families, tasks, weight, segment, compiled=False, first_order=first_order)
 
     return (
-        stream(synthetic, 3.0),
-        stream(sampled, 1.5),
-        stream(clusters, 2.0),
-        stream(tables, 2.0),
-        stream(least_squares(12, 96, orthonormal, square=False), 1.5),
+        stream(synthetic, 3.0, segment=far),
+        stream(sampled, 1.5, segment=far),
+        stream(clusters, 2.0, segment=far),
+        stream(tables, 2.0, segment=far),
+        stream(least_squares(12, 96, orthonormal, square=False), 1.5, segment=far),
         stream(least_squares(8, 24, (Rotations(), Orthogonal()), square=True), 1.5),
         stream(eigenvalues, 2.0),
-        stream(regression, 1.5),
+        stream(regression, 1.5, segment=far),
         stream(perceptrons, 2.0, tasks=8),
         stream(definite, 1.0),
         stream(several, 1.5),

@@ -273,11 +273,15 @@ class Trainer:
             PresetOptimizer(self.settings.preset),
             # Segments are short: all their residuals fit, and nothing is run twice.
             interval=self.settings.segment,
-            kept=-(-(stream.segment or self.settings.longest_segment) // self.settings.segment),
+            kept=-(-self._longest(stream) // self.settings.segment),
             bounded=True,
             compiled=stream.compiled,
             first_order=stream.first_order,
         )
+
+    def _longest(self, stream: StreamSettings) -> int:
+        """Return the length of the longest segment of a stream."""
+        return stream.segment or self.settings.longest_segment
 
     def _restart(self, stream: _Stream, index: int | None = None) -> None:
         """Draw a family unless its index is given, new tasks, starting points and a horizon."""
@@ -413,7 +417,7 @@ class Trainer:
                 carry,
                 batch,
                 family.measured(data),
-                stream.settings.segment or self.settings.longest_segment,
+                self._longest(stream.settings),
             )
         return costs
 

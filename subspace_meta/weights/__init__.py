@@ -11,6 +11,11 @@ FOLDER = Path(__file__).parent
 RELEASES = {"base": "base-4.safetensors", "light": "light-1.safetensors"}
 
 
+def located(name: str) -> Path:
+    """Return the file of the weights that ship for a preset, if ``name`` is that of one; else ``name`` is a path."""
+    return FOLDER / RELEASES[name] if name in RELEASES else Path(name)
+
+
 def pretrained(preset: str = "base") -> Weights:
     """Return the shipped meta-parameters, a dict of tensors, for ``SubspaceOptimizer(geometry, weights)``.
 

@@ -10,34 +10,36 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from pathlib import Path
+import math
 
 import torch
 
 import subspace_meta as sm
 from subspace_meta.checkpoint import load_weights
 from subspace_meta.evaluation import archive
-from subspace_meta.evaluation.protocol import BASELINES, TIE, Baseline, EvaluationTask, run_baseline
+from subspace_meta.evaluation.comparison import COMPARED, Comparison, TaskResult
+from subspace_meta.evaluation.protocol import FLOOR, Baseline, EvaluationTask, run_baseline
 from subspace_meta.tasks.suite import SuiteTask, evaluation_suite
-from subspace_meta.weights import FOLDER, RELEASES
+from subspace_meta.weights import RELEASES, located
 
-STEPS = (20, 50, 100, 200, 400)
-LOWEST = -15.6  # log excess below which float32 tells nothing apart
+LOWEST = math.log(FLOOR) + 0.5  # log excess below which a verdict tells nothing apart
 MOST = 2.0
 
 
-def gaps(task: SuiteTask, weights: dict[str, torch.Tensor], adapter: sm.Adapter) -> dict[int, float]:
-    """Return at each checkpoint the mean log excess less that of the best tuned baseline."""
+def judged(task: SuiteTask, weights: dict[str, torch.Tensor], adapter: sm.Adapter) -> TaskResult:
+    """Return what the weights do on a task, without times."""
 
     def make(geometry: sm.Geometry, lr: torch.Tensor) -> sm.Optimizer:
         return sm.SubspaceOptimizer(geometry, weights, adapter, lr=lr)
 
     drawn = EvaluationTask(task.row, task.family)
-    curves = run_baseline(drawn, Baseline("learned", make), (1.0,), archive.SEEDS, min(task.horizon, STEPS[-1]))
-    cells = archive.load(task.row)
-    tuned = [cells[baseline.name] for baseline in BASELINES if baseline.name in cells]
-    best = {step: min(cell.score(step) for cell in tuned) for step in STEPS if step <= task.horizon}
-    return {step: max(float(curves.at(step).mean()), LOWEST) - max(peer, LOWEST) for step, peer in best.items()}
+    curves = run_baseline(drawn, Baseline("learned", make), (1.0,), archive.SEEDS, min(task.horizon, COMPARED[-1]))
+    return TaskResult(task, curves, archive.load(task.row), (math.nan, math.nan))
+
+
+def gap(result: TaskResult, step: int) -> float:
+    """Return the mean log excess less that of the best tuned baseline."""
+    return max(result.score(step), LOWEST) - max(result.best(step)[1], LOWEST)
 
 
 def main() -> None:
@@ -46,20 +48,18 @@ def main() -> None:
     options.add_argument("--tasks", default="*")
     chosen = options.parse_args()
     torch.set_num_threads(1)
+    tasks = [t for t in evaluation_suite() if t.available and fnmatch.fnmatch(t.row, chosen.tasks)]
     for name in chosen.weights:
-        weights, adapter = load_weights(FOLDER / RELEASES[name] if name in RELEASES else Path(name))
-        found: dict[int, list[float]] = {step: [] for step in STEPS}
-        print(f"\n{name}\n| task | " + " | ".join(map(str, STEPS)) + " |\n|---|" + "---|" * len(STEPS))
-        for task in evaluation_suite():
-            if not task.available or not fnmatch.fnmatch(task.row, chosen.tasks):
-                continue
-            gap = gaps(task, weights, adapter)
-            for step, value in gap.items():
-                found[step].append(value)
-            cells = (f"{gap[step]:+.2f}" if step in gap else "" for step in STEPS)
+        weights, adapter = load_weights(located(name))
+        results = []
+        print(f"\n{name}\n| task | " + " | ".join(map(str, COMPARED)) + " |\n|---|" + "---|" * len(COMPARED))
+        for task in tasks:
+            results.append(result := judged(task, weights, adapter))
+            cells = (f"{gap(result, step):+.2f}" if step in result.compared else "" for step in COMPARED)
             print(f"| {task.row} | " + " | ".join(cells) + " |", flush=True)
-        won = (f"{sum(value <= TIE for value in values)} of {len(values)}" for values in found.values())
-        mean = (f"{sum(min(max(v, -MOST), MOST) for v in vs) / max(1, len(vs)):+.2f}" for vs in found.values())
+        won = ("{} of {}".format(*Comparison(name, tuple(results)).no_worse(step)) for step in COMPARED)
+        gaps = ([gap(result, step) for result in results if step in result.compared] for step in COMPARED)
+        mean = (f"{sum(min(max(g, -MOST), MOST) for g in some) / max(1, len(some)):+.2f}" for some in gaps)
         print("| no worse | " + " | ".join(won) + " |\n| mean gap | " + " | ".join(mean) + " |")
 
 

@@ -156,21 +156,21 @@ def mixed(mesh: Any) -> dict[str, Tensor]:
     return values(model)
 
 
-def save(folder: Path, model: torch.nn.Module, optimizer: Any, flat: bool, group: Any = None) -> None:
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    saved = {
+def states(model: torch.nn.Module, optimizer: Any, options: StateDictOptions) -> dict[str, Any]:
+    return {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: Any, flat: bool, group: Any = None) -> None:
+    saved = states(model, optimizer, StateDictOptions(flatten_optimizer_state_dict=flat))
     checkpoint.save(saved, checkpoint_id=folder, process_group=group, no_dist=group is None)
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: Any, flat: bool, group: Any = None) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    found = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
+    found = states(model, optimizer, options)
     checkpoint.load(found, checkpoint_id=folder, process_group=group, no_dist=group is None)
     model.load_state_dict(found["model"])
     set_optimizer_state_dict(model, optimizer, found["optimizer"], options=options)
