@@ -161,7 +161,7 @@ MUTANTS = (
     mutant("spd", "_SQUARINGS = {torch.float32: 12, torch.float64: 24}", "_SQUARINGS = {torch.float32: 6, torch.float64: 6}", "mean of too many eigenvalues"),
     mutant("spd", "        e = e / scale\n", "        e, scale = 1.0 * e, 1.0\n", "squares out of range"),
     mutant("spd", "    return v / size, size\n", "    return v, v.new_ones((1, 1))\n", "whitening out of range"),
-    mutant("spd", "torch.maximum(power_of_two(e), torch.as_tensor(1.0 / size))", "power_of_two(e)", "derivatives of short steps overflow"),
+    mutant("spd", "scale = torch.maximum(\n            power_of_two(e), torch", "scale = torch.maximum(\n            power_of_two(e), 0.0 * torch", "derivatives of short steps overflow"),
     mutant("spd", "short = self.max_norm <= 5.0", "short = True", "small exponentials lose their digits"),
     mutant("spd", "(whitened / scale).square()", "whitened.square()", "dropped scale"),
     mutant("spd", "torch.where(finite & ~equal, constant", "torch.where(finite, constant", "rounding errors between equal points"),

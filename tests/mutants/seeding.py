@@ -43,6 +43,11 @@ def hunt(
         print(f"no mutant is called {', '.join(unknown)}; there are: {', '.join(names)}")
         return 2
     picked = [mutant for mutant in mutants if not chosen or mutant.name in chosen]
+    stale = outdated(picked)
+    for mutant in stale:
+        print(f"{mutant.file}: {mutant.original!r} is no longer in the source; renew this mutant")
+    if stale:
+        return 1
     survivors = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
@@ -54,9 +59,6 @@ def hunt(
         for number, mutant in enumerate(picked, start=1):
             path = folder / mutant.file
             source = path.read_text()
-            if mutant.original not in source:
-                print(f"{mutant.file}: {mutant.original!r} is no longer in the source; renew this mutant")
-                return 1
             path.write_text(source.replace(mutant.original, mutant.mutated))
             start = time.monotonic()
             killed = not _pass(folder, tests_of(mutant.name))
@@ -73,6 +75,11 @@ def hunt(
     for mutant in survivors:
         print(f"survivor in {mutant.file}: {mutant.original!r} -> {mutant.mutated!r} ({mutant.kind})")
     return 0 if rate >= required else 1
+
+
+def outdated(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """Return those whose original is not in the source."""
+    return [mutant for mutant in mutants if mutant.original not in (ROOT / mutant.file).read_text()]
 
 
 def _copy(folder: Path) -> None:
