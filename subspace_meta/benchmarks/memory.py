@@ -64,7 +64,7 @@ def state_bytes(name: str, shapes: Sequence[tuple[int, int]]) -> int:
     """Return the bytes of an optimizer's state."""
     points = _points(shapes)
     state = _optimizer(name, Geometry.from_rules(points, {"*": Stiefel()})).init(points)
-    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(state))
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_flatten(state)[0])
 
 
 def _resident(field: str) -> int:

@@ -134,7 +134,7 @@ def compile_block(function: Block) -> Block:
         nonlocal compiled
         if compiled is not None:
             return compiled(*arguments)
-        device = next(leaf.device.type for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
+        device = next(leaf.device.type for leaf in pytree.tree_flatten(arguments)[0] if isinstance(leaf, torch.Tensor))
         with _without_collection():  # the compiler is imported here
             first = torch.compile(own, fullgraph=True, dynamic=False, options=_options(device))
             result = first(*arguments)

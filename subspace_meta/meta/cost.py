@@ -99,8 +99,8 @@ class CreatedStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for leaf in pytree.tree_leaves(result):
+        inputs = {x.untyped_storage()._cdata for x in pytree.tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        for leaf in pytree.tree_flatten(result)[0]:
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
                 storage = leaf.untyped_storage()
                 reference: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -119,7 +119,7 @@ def entries(problem: Problem) -> int:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(tree))
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_flatten(tree)[0])
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int | None:

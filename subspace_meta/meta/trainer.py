@@ -431,7 +431,7 @@ class Trainer:
 
         What ``path`` held before is then at ``previous``.
         """
-        carries = self.processes.collect([pytree.tree_leaves(moved(stream.carry, CPU)) for stream in self.streams])
+        carries = self.processes.collect([pytree.tree_flatten(moved(stream.carry, CPU))[0] for stream in self.streams])
         if self.processes.rank:
             return
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
@@ -452,7 +452,7 @@ class Trainer:
                 }
             )
             if running:
-                leaves = pytree.tree_leaves((stream.data, stream.initial))
+                leaves = pytree.tree_flatten((stream.data, stream.initial))[0]
                 tensors.update({f"stream{i}/{j}": leaf for j, leaf in enumerate(leaves)})
                 for rank, carry in enumerate(carries):
                     tensors.update({f"stream{i}/rank{rank}/{j}": leaf for j, leaf in enumerate(carry[i])})

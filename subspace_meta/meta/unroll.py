@@ -281,8 +281,8 @@ def pull_back(
         else:
             steps_of_it = range(t, min(t + interval, steps))
             part = _interval(loop, leaves, trace.borders[index], batches, data, steps_of_it, keep=True)
-        outputs = [*pytree.tree_leaves(part.carry), part.objectives]
-        given = [*pytree.tree_leaves(cotangent), objective_cotangents[t : t + interval]]
+        outputs = [*pytree.tree_flatten(part.carry)[0], part.objectives]
+        given = [*pytree.tree_flatten(cotangent)[0], objective_cotangents[t : t + interval]]
         names = list(theta)
         starts, structure = pytree.tree_flatten(part.start)
         found = torch.autograd.grad(

@@ -176,7 +176,7 @@ def advanced(work: Work, loss: Tensor | None) -> Result:
 def finite(results: Iterable[Result], settings: Settings) -> bool:
     """Return whether all results are, so that the step is taken; it is an error, unless those are skipped."""
     for work, moved, state in results if settings.check else ():
-        leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in pytree.tree_flatten(state)[0] if isinstance(leaf, Tensor)]
         if cohorts.all_finite((*moved.values(), *leaves)):
             continue
         parts = states.split(state, work.cohort.geometry)
