@@ -35,7 +35,17 @@ class LeadingDirection(TaskFamily):
         return {"z": noise * data["spectrum"].sqrt()[:, None]}
 
 
-TASKS = (SuiteTask("direction", LeadingDirection(), ("Sphere",), "unseen task", "loss", "closed form", horizon=100),)
+TASKS = (
+    SuiteTask(
+        row="direction",
+        family=LeadingDirection(),
+        manifolds=("Sphere",),
+        axis="unseen task",  # how it differs from what the weights were trained on
+        metric="loss",
+        reference="closed form",  # what `draw` gives as "reference" is attained
+        horizon=100,
+    ),
+)
 
 
 def my_optimizer(geometry):  # anything with init and update
