@@ -224,12 +224,14 @@ def start_feasible(new: Addition, project: bool) -> None:
     start = {name: sharding.local(p.detach()) for name, p in new.members.items() if p.requires_grad}
     pieces = {name: piece for name, piece in new.group.pieces.items() if name in start}
     wholes = sharding.collect(pieces, start)
-    mine = {name: wholes.get(name, p) for name, p in start.items() if name not in pieces or name in wholes}
+    everywhere = {name: p for name, p in start.items() if name not in pieces}
 
     def mend() -> bool:
-        if mine:
-            some = cohorts.subset(geometry, mine, mine)
-            cohorts.bring_to_manifolds(some, mine, project, cohorts.FEASIBLE)
+        # What all ranks have has to stay equal on them, bit for bit: it is not batched with what only one owns.
+        for mine in (everywhere, wholes):
+            if mine:
+                some = cohorts.subset(geometry, mine, mine)
+                cohorts.bring_to_manifolds(some, mine, project, cohorts.FEASIBLE)
         return True
 
     sharding.agreed(new.lanes, mend)
