@@ -62,7 +62,8 @@ def hand_made(optimizer: Make, lr: float | Tensor | None, settings: dict[str, An
         what = optimizer.__name__ if inspect.isclass(optimizer) else f"{optimizer!r:.60}"
         raise ValueError(f"optimizer must be a class of this library, sm.RAdam for instance, got {what}")
     if isinstance(optimizer, type) and dataclasses.is_dataclass(optimizer):
-        refuse_unknown(settings, [field.name for field in dataclasses.fields(optimizer)], optimizer.__name__)
+        own = [field.name for field in dataclasses.fields(optimizer) if field.name != "geometry"]
+        refuse_unknown(settings, own, optimizer.__name__)
         usual = options(optimizer).get("lr", dataclasses.MISSING)
         lr = usual if lr is None and usual is not dataclasses.MISSING else lr
     if lr is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry
 from subspace_meta.optim import construction
 from subspace_meta.optim.contents import Others, Rules
+from subspace_meta.optim.options import refuse_unknown
 from subspace_meta.optim.shell import Riemannian
-from subspace_meta.optimizers.subspace import Adapter, SubspaceOptimizer
+from subspace_meta.optimizers.subspace import Adapter, SubspaceOptimizer, check_weights_kind
 from subspace_meta.weights import pretrained
 
 
@@ -49,7 +51,8 @@ class SubspaceMeta(Riemannian):
             the parameters on manifolds; those of ``others`` have none.
 
     Raises:
-        ValueError: see :class:`Riemannian`; or the weights are not the preset's.
+        ValueError: see :class:`Riemannian`; or the weights are not the preset's. Also for an argument that there is
+            not, with what would be right: the options of other optimizers are known by name.
     """
 
     def __init__(
@@ -66,11 +69,15 @@ class SubspaceMeta(Riemannian):
         project: bool = True,
         check_gradients: bool = True,
         non_finite: Literal["raise", "skip"] = "raise",
+        **unknown: NoReturn,
     ) -> None:
+        known = [name for name in inspect.signature(SubspaceMeta).parameters if name != "unknown"]
+        refuse_unknown(unknown, known, MakeLearned.name)
         if weights is None:
             if not isinstance(preset, str):
                 raise ValueError("an adapter with settings of its own needs its weights")
             weights = pretrained(preset)
+        check_weights_kind(weights)
         make = MakeLearned(dict(weights), preset)
         chosen = construction.settings_of(make, rules, others, project, check_gradients, non_finite)
         self._set_up(params, chosen, {"lr": lr, "guarded": guarded, "steps": steps})

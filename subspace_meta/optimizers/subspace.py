@@ -7,6 +7,7 @@ One update: R = grad f(X); an adapter turns R into a scaled direction D; X+ = Re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,8 +41,18 @@ PRESETS: dict[str, Adapter] = {
 }
 
 
+def check_weights_kind(weights: Any) -> None:
+    """Raise ``ValueError`` unless ``weights`` is a dict: a path, and what a file gives, are near at hand."""
+    if not isinstance(weights, Mapping):
+        got = f"{weights!r:.60}" if isinstance(weights, str | os.PathLike) else f"a {type(weights).__name__}"
+        raise ValueError(
+            f"weights is a dict of tensors, got {got}; of a file: weights, preset = sm.load_weights(path), give both"
+        )
+
+
 def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` unless ``weights`` are meta-parameters of this adapter, by names and shapes."""
+    check_weights_kind(weights)
     settings = f" with hidden size {adapter.hidden}"
     check_weight_shapes(weights, adapter.weight_shapes(), f"preset {adapter.name!r}", settings)
 
