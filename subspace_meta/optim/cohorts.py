@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from subspace_meta.geometry import Geometry, Rule
 from subspace_meta.optim import states
@@ -49,6 +50,7 @@ class Cohort:
         norms: of the parameters after the last step; others mean that somebody moved them. None: nothing was stepped.
         free: options, and whether they were on, that were found to need no other state.
         number: which one it is in its group.
+        kind: device and dtype of the parameters for which the state was made. None: it has no tensors of these.
     """
 
     optimizer: Any
@@ -57,6 +59,7 @@ class Cohort:
     norms: Tensor | None = None
     free: set[tuple[str, bool]] = field(default_factory=set)
     number: int = 0
+    kind: tuple[torch.device, torch.dtype] | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -96,6 +99,20 @@ class Cohort:
                 self.free.add((key, bool(value)))
         self.optimizer = optimizer
 
+    def check_kind(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ``ValueError`` unless parameters are still where, and of the dtype, that their state was made for."""
+        if self.kind is None:
+            return
+        device, dtype = self.kind
+        for name, p in params.items():
+            if p.dtype != dtype or p.device != device:
+                now, then = (p.dtype, dtype) if p.dtype != dtype else (p.device, device)
+                raise ValueError(
+                    f"parameter {name!r} is {now} now, and its state {then}: the model was converted after a step. "
+                    "Make the optimizer after that, or bring the state along: "
+                    "optimizer.load_state_dict(optimizer.state_dict())"
+                )
+
     def scaled(self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Return the gradients, multiplied by their units where the optimizer sees ratios only.
 
@@ -133,7 +150,20 @@ def loaded(
     own = {name: {k: v for k, v in part.items() if k not in (COHORT, UNIT)} for name, part in parts.items()}
     geometry = optimizer.geometry
     state = states.join(own, optimizer.init(_on_manifolds(geometry, params)), geometry)
-    return Cohort(optimizer, state, units, number=number)
+    return Cohort(optimizer, state, units, number=number, kind=_kind(state, params))
+
+
+def started(optimizer: Any, params: Mapping[str, Tensor], number: int) -> Cohort:
+    """Return cohort ``number``, whose parameters have their first gradient."""
+    state = optimizer.init(params)
+    return Cohort(optimizer, state, number=number, kind=_kind(state, params))
+
+
+def _kind(state: Any, params: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype] | None:
+    """Return what :meth:`Cohort.check_kind` compares."""
+    like = next(iter(params.values()))
+    leaves = pytree.tree_flatten(state)[0]
+    return (like.device, like.dtype) if any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves) else None
 
 
 def _alike(one: Any, other: Any) -> bool:

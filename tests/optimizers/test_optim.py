@@ -109,6 +109,29 @@ def test_state_is_loaded_into_another_dtype(name):
 
 
 @learned_and_hand_made
+def test_a_model_that_is_converted_after_a_step_is_named_with_the_way_out(name):
+    model = network(dtype=torch.float32)
+    optimizer = shell(name, model, dtype=torch.float32, others=partial(torch.optim.SGD, lr=0.1))
+    train(optimizer, model, 1)
+    model.double()
+    before = values(model)
+    with pytest.raises(ValueError, match=r"'0.weight' is torch.float64 now, and its state torch.float32: .*converted"):
+        train(optimizer, model, 1)
+    assert_equal(values(model), before)
+    (cohort,) = optimizer._groups[0].cohorts
+    elsewhere = {key: torch.empty_like(p, dtype=torch.float32, device="meta") for key, p in before.items()}
+    with pytest.raises(ValueError, match="'0.weight' is meta now, and its state cpu: the model was converted"):
+        cohort.check_kind(elsewhere)
+    if name == "base":  # made for the dtype by its factory, not by the optimizer of these tests
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, model, 1)
+    stateless = network(dtype=torch.float32)
+    plain = sm.optim.Riemannian(stateless, RULES, sm.RSGD, lr=0.1, others=partial(torch.optim.SGD, lr=0.1))
+    train(plain, stateless, 1)
+    train(plain, stateless.double(), 1)
+
+
+@learned_and_hand_made
 def test_a_scheduler_changes_the_rates_of_all_groups(name):
     model, by_hand = network(), network()
     optimizer, other = shell(name, model), shell(name, by_hand)
