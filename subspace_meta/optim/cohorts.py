@@ -12,7 +12,7 @@ import glob
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def bring_to_manifolds(geometry: Geometry, params: Mapping[str, Tensor], project
     for name, value in nearest.items():
         params[name].copy_(value)
     worst = max(off, key=lambda name: off[name])
-    shown = ", ".join(sorted(off)[:5]) + (f" and {len(off) - 5} more" if len(off) > 5 else "")
+    shown = shortened(sorted(off), str)
     warnings.warn(
         f"moved to the nearest point of their manifolds: {shown} (largest violation {off[worst]:.1e}, {worst})",
         ProjectionWarning,
@@ -285,6 +285,11 @@ def bring_to_manifolds(geometry: Geometry, params: Mapping[str, Tensor], project
 def quoted(names: Iterable[str]) -> str:
     """Return quoted names, separated by commas."""
     return ", ".join(map(repr, names))
+
+
+def shortened(names: Sequence[str], shown: Callable[[str], str] = repr) -> str:
+    """Return the first names, separated by commas, and how many more there are."""
+    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _callers_level() -> int:
