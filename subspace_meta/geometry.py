@@ -8,7 +8,9 @@ them (256 separate 16 x 16 matrices cost what one stack costs); optimizers work 
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from subspace_meta._messages import callers_level, shortened
 from subspace_meta.manifolds import Euclidean, Manifold, Sphere
 
 Params = dict[str, Tensor]
@@ -167,9 +170,27 @@ class Geometry:
             rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts, a name matches itself;
                 without a match the parameter is Euclidean.
 
+        Warns:
+            UserWarning: a pattern gives parameters of one dimension, biases for instance, to a manifold of matrices.
+
         Raises:
             ValueError: there are no parameters, a pattern matches none of them, or a shape cannot carry its manifold.
         """
+        geometry = cls.assigned(params, rules)
+        for pattern, names in _vectors(geometry, rules or {}).items():
+            manifold = next(p.manifold for p in geometry.parameters if p.name == names[0])
+            warnings.warn(
+                f"rule {pattern!r} matches vectors, too: {shortened(names)}; each is then a matrix of one column on "
+                f"{manifold.name}, of unit length. A pattern like '*.weight' leaves them free; if they are meant, give "
+                "their names, or Sphere()",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+        return geometry
+
+    @classmethod
+    def assigned(cls, params: Mapping[str, Tensor], rules: Mapping[str, Manifold | Rule] | None = None) -> Geometry:
+        """Return what :meth:`from_rules` does, without its warning."""
         if not params:
             raise ValueError("there are no parameters; give a dict of named tensors, dict(model.named_parameters())")
         rules = dict(rules or {})
@@ -364,6 +385,20 @@ def _can_be(manifold: Manifold, shape: tuple[int, ...]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _vectors(geometry: Geometry, rules: Mapping[str, Manifold | Rule]) -> dict[str, list[str]]:
+    """Return, by pattern, the parameters without a second dimension that it makes columns; names are no patterns."""
+    found: dict[str, list[str]] = {}
+    for parameter in geometry.parameters:
+        name = parameter.name
+        if len(parameter.shape) > 1 or isinstance(parameter.manifold, Sphere) or not parameter.manifold.vectors:
+            continue
+        pattern = next(pattern for pattern in rules if matches(pattern, name))
+        rule = rules[pattern]
+        if pattern not in (name, glob.escape(name)) and not (isinstance(rule, Rule) and rule.view):
+            found.setdefault(pattern, []).append(name)
+    return found
 
 
 def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
-import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from subspace_meta._messages import callers_level, shortened
 from subspace_meta.geometry import Geometry, Rule
 from subspace_meta.optim import states
 from subspace_meta.optim.options import changed
@@ -278,24 +277,10 @@ def bring_to_manifolds(geometry: Geometry, params: Mapping[str, Tensor], project
     warnings.warn(
         f"moved to the nearest point of their manifolds: {shown} (largest violation {off[worst]:.1e}, {worst})",
         ProjectionWarning,
-        stacklevel=_callers_level(),
+        stacklevel=callers_level(),
     )
 
 
 def quoted(names: Iterable[str]) -> str:
     """Return quoted names, separated by commas."""
     return ", ".join(map(repr, names))
-
-
-def shortened(names: Sequence[str], shown: Callable[[str], str] = repr) -> str:
-    """Return the first names, separated by commas, and how many more there are."""
-    return ", ".join(map(shown, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _callers_level() -> int:
-    """Return the stack level of the first caller outside of this package and of torch, for warnings."""
-    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level

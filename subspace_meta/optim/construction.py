@@ -101,7 +101,7 @@ def groups_of(params: Module | Iterable[Any], settings: Settings) -> list[dict[s
     everything = {name: p for group in groups for name, p in group["params"]}
     if sum(len(group["params"]) for group in groups) != len(everything):
         raise ValueError("a parameter's name is in two groups")
-    geometry = Geometry.from_rules(everything, settings.rules)
+    geometry = Geometry.assigned(everything, settings.rules)  # each group has its warnings as it is added
     if settings.make_others is not None and all(isinstance(p.manifold, Euclidean) for p in geometry.parameters):
         raise ValueError("no parameter is on a manifold: give rules, or others=None if this optimizer takes all")
     return groups

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
+from subspace_meta._messages import shortened
 from subspace_meta.optim import cohorts, ranks, sharding
 from subspace_meta.optim.contents import Contents, Group, Own
 from subspace_meta.optim.names import plain
@@ -76,7 +77,7 @@ def _difference(given: list[list[str]], wanted: list[list[str]]) -> str:
     """Return in words how the names in saved groups differ from those of this optimizer."""
     saved, here = ([name for group in groups for name in group] for groups in (given, wanted))
     said = [
-        f"{what} {cohorts.shortened(some)}"
+        f"{what} {shortened(some)}"
         for what, some in (
             ("it lacks", [name for name in here if name not in set(saved)]),
             ("this optimizer does not have", [name for name in saved if name not in set(here)]),

@@ -45,7 +45,7 @@ def test_gradients_that_do_not_fit(make, grads, message):
 
 def orthonormal_problem():
     shapes = {"w": torch.empty(6, 2), "b": torch.empty(3)}
-    geometry = sm.Geometry.from_rules(shapes, {"*": sm.Stiefel()})
+    geometry = sm.Geometry.from_rules(shapes, dict.fromkeys(shapes, sm.Stiefel()))
     return geometry, geometry.initialize(torch.Generator().manual_seed(0))
 
 

@@ -278,6 +278,17 @@ def test_what_there_is_are_options():
         Riemannian(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, sm.RAdam, lr=1e-2, beta=0.9)
 
 
+def test_biases_on_a_manifold_of_matrices_are_said_once():
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.orthogonal_(model.weight)
+    torch.nn.init.constant_(model.bias, 3**-0.5)
+    with pytest.warns(UserWarning, match=r"rule '\*' matches vectors, too: 'bias'; each") as warned:
+        optimizer = SubspaceMeta(model, {"*": sm.Stiefel()})
+    assert [w.filename for w in warned] == [__file__]
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
 def test_weights_that_are_not_to_be_moved_are_refused_at_the_start():
     with pytest.raises(ValueError, match="parameter 'weight' is not on Stiefel: constraint violation"):
         sm.optim.SubspaceMeta(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, project=False)
