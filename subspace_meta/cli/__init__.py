@@ -63,6 +63,7 @@ def main() -> None:
     """Run the command line; errors of the user are one line on stderr and exit code 2."""
     # torch's own compiler calls what torch has deprecated; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".torch\._prims_common\.check. is deprecated")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:

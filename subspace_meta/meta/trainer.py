@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,7 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.spoiled_tasks = 0
+        self._begun: set[InnerLoop] = set()  # compiled ones; equal ones share their code
         self.streams = [
             _Stream(
                 s,
@@ -312,8 +313,13 @@ class Trainer:
             return self.outer_step
         return min(settings.outer_steps, int(settings.outer_steps * self.elapsed / settings.seconds))
 
-    def step(self) -> dict[str, Any]:
-        """Take one outer step and return its figures."""
+    def step(self, compiling: Callable[[str], object] | None = None) -> dict[str, Any]:
+        """Take one outer step and return its figures.
+
+        Args:
+            compiling: called with the name of the family before the first step of an inner loop that is compiled, which
+                may take minutes.
+        """
         began = time.perf_counter()
         weights = torch.tensor([s.settings.weight for s in self.streams], device=self.generator.device)
         index = int(torch.multinomial(weights, 1, generator=self.generator))
@@ -324,6 +330,10 @@ class Trainer:
         assert stream.data is not None
         assert stream.initial is not None
         family = stream.family
+        if stream.settings.compiled and stream.loop not in self._begun:
+            self._begun.add(stream.loop)
+            if compiling is not None:
+                compiling(family.name)
         part = stream.part
         measured = {name: value[part] for name, value in family.measured(stream.data).items()}
         if stream.settings.segment is None:
@@ -421,10 +431,10 @@ class Trainer:
             )
         return costs
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Take the outer steps that are left, yielding the figures of each."""
+    def run(self, compiling: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
+        """Take the outer steps that are left, yielding the figures of each; ``compiling`` as in :meth:`step`."""
         while self.position < self.settings.outer_steps:
-            yield self.step()
+            yield self.step(compiling)
 
     def save(self, path: Path, previous: Path | None = None) -> None:
         """Write a checkpoint from which :meth:`load` goes on exactly; of several processes the first one writes it.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ import subspace_meta as sm
 from subspace_meta import cli
 from subspace_meta.benchmarks import memory
 from subspace_meta.evaluation import archive
-from subspace_meta.tasks import held_out_suite
+from subspace_meta.meta import unroll
+from subspace_meta.meta.trainer import StreamSettings, Trainer, TrainSettings
+from subspace_meta.tasks import SyntheticPCA, held_out_suite
 from subspace_meta.weights import RELEASES
 
 
@@ -159,6 +162,31 @@ def test_a_run_that_does_not_fit_is_warned_about(
         cli.main()
     assert stopped.value.code == 0
     assert "needs 0.0 GB, 0.0 GB are free; take fewer tasks" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_compiling_is_said_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    monkeypatch.setattr(unroll, "compile_block", lambda block: block)
+    unroll.block_of.cache_clear()
+    streams = (StreamSettings((SyntheticPCA(8, 2, batch_size=4),), tasks=2),)
+    trainer = Trainer(TrainSettings(streams, outer_steps=2, segment=2, horizon=(2, 2)))
+    assert cli.train._train(trainer, [], tmp_path, quiet, 1e9, None)
+    unroll.block_of.cache_clear()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compiling the inner loop of")]
+    wanted = "compiling the inner loop of 'synthetic PCA 8x2'; about a minute, less where that was done before"
+    assert said == [] if quiet else [wanted]
+
+
+def test_what_torch_says_of_itself_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "`torch._prims_common.check` is deprecated and will be removed in the future"
+    monkeypatch.setattr(cli, "app", lambda standalone_mode: warnings.warn(message, FutureWarning, stacklevel=1))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert not warned
 
 
 def test_a_second_run_of_the_same_name_is_refused(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
