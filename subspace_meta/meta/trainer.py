@@ -133,7 +133,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         low, high = self.horizon
         if not 0 < self.segment <= low <= high:
-            raise ValueError(f"need 0 < segment <= shortest <= longest horizon, got {self.segment} and {self.horizon}")
+            raise ValueError(
+                f"need 0 < segment <= shortest <= longest horizon, got {self.segment} and {self.horizon}; inner loops "
+                f"of {high} steps without truncation are segment={high}, horizon=({high}, {high})"
+            )
         if self.segment * 2**self.doublings != self.longest_segment:
             raise ValueError(f"the longest segment must be {self.segment} steps times a power of 2, got {self.longest}")
         if self.restart is not None and not 0 < self.restart < self.outer_steps:

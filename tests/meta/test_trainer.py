@@ -238,7 +238,10 @@ def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"horizon": (2, 8)}, "segment"),
+        (
+            {"horizon": (2, 8)},
+            r"need 0 < segment .* of 8 steps without truncation are segment=8, horizon=\(8, 8\)$",
+        ),
         ({"preset": "large"}, "'large' is unknown; there are base, light, paper"),
         ({"longest": 12}, "4 steps times a power of 2, got 12"),
         ({"restart": 0}, "the restart must be one of"),
