@@ -176,7 +176,7 @@ def test_compiling_is_said_before_it_begins(
     unroll.block_of.cache_clear()
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compiling the inner loop of")]
     wanted = "compiling the inner loop of 'synthetic PCA 8x2'; about a minute, less where that was done before"
-    assert said == [] if quiet else [wanted]
+    assert said == ([] if quiet else [wanted])
 
 
 def test_what_torch_says_of_itself_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
