@@ -50,7 +50,7 @@ def main(outer_steps: int = 150, compiled: bool = True) -> list[float]:
     stream = StreamSettings((Autoencoding(),), tasks=16, compiled=compiled)
     trainer = Trainer(TrainSettings((stream,), outer_steps=outer_steps, horizon=(20, 100)))
     losses = []
-    for figures in trainer.run():
+    for figures in trainer.run(lambda family: print(f"compiling the inner loop of {family!r}; about a minute")):
         losses.append(figures["outer_loss"])
         if trainer.outer_step % 25 == 0:
             print(f"outer step {trainer.outer_step}: mean log relative loss {sum(losses[-25:]) / 25:.3f}")

@@ -142,3 +142,14 @@ def load_weights(path: str | os.PathLike[str], preset: str | None = None) -> tup
     if bad:
         raise CheckpointError(f"{path}: weights {bad} are not finite")
     return weights, adapter
+
+
+def load_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the notes that :func:`save_weights` wrote with meta-parameters.
+
+    Raises:
+        CheckpointError: not a weights file, or damaged.
+    """
+    _, content = load_tensors(Path(path), "weights")
+    notes: dict[str, Any] = content.get("notes", {})
+    return notes

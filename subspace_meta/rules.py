@@ -59,7 +59,7 @@ class _Weight:
 
 
 class _Per(NamedTuple):
-    """What is asked of a layer; without a side, on its own one."""
+    """What is asked of a layer; without a side, on its own one. One that no layer has is as it was written."""
 
     manifold: Manifold
     side: str = ""
@@ -176,9 +176,8 @@ def _per(key: object, asked: Any) -> _Per:
             f"for {_shown(key)} there is {asked!r}; write a manifold, Stiefel(), one with a side, "
             f"(Oblique(), 'per output'), or None{'; a Rule is for one parameter' if isinstance(asked, Rule) else ''}"
         )
-    if side and side.removeprefix("per ") not in SIDES:
-        raise ValueError(f"{_shown(key)} has no side {side!r}; sides are {', '.join(f'per {each}' for each in SIDES)}")
-    return _Per(manifold, side.removeprefix("per "), heads)
+    known = side.removeprefix("per ") in SIDES
+    return _Per(manifold, side.removeprefix("per ") if known else side, heads)
 
 
 def _is_tuple(asked: object) -> bool:
@@ -244,7 +243,8 @@ def _rule(weight: _Weight, per: _Per, shape: tuple[int, ...], what: str, name: s
         raise ValueError(f"{what} does not know its heads: say ({_call(manifold)}, 'per head', heads)")
     if per.side and per.side not in weight.sides:
         sides = ", ".join(f"'per {side}'" for side in weight.sides)
-        raise ValueError(f"{what} has no side 'per {per.side}'; it has {sides}")
+        asked = f"per {per.side}" if per.side in SIDES else per.side
+        raise ValueError(f"{what} has no side {asked!r}; it has {sides}")
     # Vectors of unit length are possible on every side: there the first one is what is meant.
     tried = [per.side] if per.side else list(weight.sides)[: 1 if isinstance(manifold, Oblique | Sphere) else None]
     views = {side: _view(weight, side, manifold) for side in weight.sides}

@@ -10,6 +10,7 @@ from loading import module_at
 
 import subspace_meta as sm
 from subspace_meta.benchmarks.geometry import resnet50_convolutions
+from subspace_meta.meta import unroll
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +102,9 @@ def test_meta_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     weights, adapter = sm.load_weights(tmp_path / "autoencoder.safetensors")
     assert adapter.name == "base"
     assert weights.keys() == sm.pretrained().keys()
+    monkeypatch.setattr(unroll, "compile_block", lambda block: block)
+    load("meta_train").main(outer_steps=2)
+    assert capsys.readouterr().out.splitlines() == ["compiling the inner loop of 'autoencoder 24-4'; about a minute"]
 
 
 def test_resnet() -> None:

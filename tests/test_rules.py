@@ -179,7 +179,11 @@ PARAMETRIZED = nn.utils.parametrizations.orthogonal
         (nn.Linear(5, 2), {nn.Linear: "Stiefel"}, "write a manifold, Stiefel"),
         (nn.Linear(5, 2), {nn.Linear: (STIEFEL, "per output", 1)}, "write a manifold, Stiefel"),
         (nn.Linear(5, 2), {nn.Conv2d: STIEFEL}, "Conv2d matches no module of the model; there are Linear"),
-        (nn.Linear(5, 2), {nn.Linear: (STIEFEL, "per row")}, "has no side 'per row'; sides are per output, per input"),
+        (
+            nn.Linear(5, 2),
+            {nn.Linear: (STIEFEL, "per row")},
+            "has no side 'per row'; it has 'per output', 'per input'$",
+        ),
         (
             nn.Linear(50, 8),
             {nn.Linear: (STIEFEL, "per input")},

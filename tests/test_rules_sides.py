@@ -461,7 +461,11 @@ def test_token_padding_has_no_length():
         ),
         ({"x": sm.Stiefel()}, "'x' matches no module of the model; there are 'embed', 'attend', 'attend.out_proj', '"),
         ({"first": (sm.Oblique(), "per token")}, "'first.weight' (Linear, shape 8 x 6) has no side 'per token'; it"),
-        ({"first": (sm.Oblique(), "per row")}, "'first' has no side 'per row'; sides are per output, per input, "),
+        (
+            {"first": (sm.Oblique(), "per row")},
+            "'first.weight' (Linear, shape 8 x 6) has no side 'per row'; it has 'per output', 'per input'",
+        ),
+        ({"embed": (sm.Oblique(), "rows")}, "has no side 'rows'; it has 'per token', 'per feature'"),
         ({"first": (sm.Stiefel(), "per head")}, "does not know its heads: say (Stiefel(), 'per head', heads)"),
         ({"first": (sm.Oblique(), "per head", 3)}, "per head: the shape is not ((head output) input) with head = 3"),
         ({"first": (sm.Oblique(), "per output", 3)}, "for 'first' there is (Oblique("),

@@ -58,6 +58,7 @@ from subspace_meta.adapter.spectral import spectral_direction
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and old M
 # momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate; four of the budget
 CONTEXT_FEATURES = 15
+BUDGET_FEATURES = 4  # the last ones of these
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
 OUTPUTS = 5  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor
 GAUGES = 6  # direction/peak, peak/first, t, mass of the momentum, mass of the slow mean, share of steps left
@@ -187,6 +188,16 @@ class BaseAdapter:
         """Return the state of a run that is to have so many steps."""
         return state._replace(budget=torch.as_tensor(steps, dtype=state.step.dtype, device=state.step.device))
 
+    def sees_budget(self, weights: Mapping[str, Tensor]) -> bool:
+        """Return whether the number of steps, told by :meth:`with_budget`, changes anything with these weights.
+
+        Those that were trained before it was a feature have zeros in its places.
+        """
+        context = slice(CONTEXT_FEATURES - BUDGET_FEATURES, CONTEXT_FEATURES)
+        inputs = weights["lstm.weight"][:, COORDINATE_FEATURES:][:, context]
+        skips = [weights[name][context] for name in ("length.skip", "rate.skip", "decay.skip") if name in weights]
+        return any(bool(used.any()) for used in (inputs, *skips, weights["length.gauge"][5]))
+
     def __call__(
         self,
         weights: Mapping[str, Tensor],
@@ -257,7 +268,7 @@ class BaseAdapter:
                 state.turn,
                 bend,
                 0.25 * state.rate,
-                *share_done[:, None].expand(4, layout.matrices),
+                *share_done[:, None].expand(BUDGET_FEATURES, layout.matrices),
             ]
         )
         inputs = Inputs(packed[:4], matrix[:4], cosine(product, energy, before)[None], context)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import rich  # noqa: F401
@@ -63,11 +63,12 @@ def main() -> None:
     """Run the command line; errors of the user are one line on stderr and exit code 2."""
     # torch's own compiler calls what torch has deprecated; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".torch\._prims_common\.check. is deprecated")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        code = _complain(f"{message} (see subspace-meta --help)")
+        code = _complain(f"{message} {_help_for(getattr(error, 'ctx', None), message)}")
     except (UsageError, CheckpointError, TrainingError, ProcessError, ImportError, OSError) as error:
         code = _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -77,6 +78,22 @@ def main() -> None:
     if code == 130:  # what typer, too, makes of Ctrl-C
         _complain(f"stopped{AFTER_STOP.get(next(iter(sys.argv[1:]), ''), '')}")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _help_for(context: Any, message: str) -> str:
+    """Return the command whose help says what would be right, and the commands that there are where one is wrong.
+
+    Args:
+        context: typer's, of the command; ``None``: it is not known.
+        message: what is wrong.
+    """
+    commands = getattr(getattr(context, "command", None), "commands", {}) if "command" in message else {}
+    names: list[str] = []
+    while context is not None and context.parent is not None:
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    there = f"There are {', '.join(commands)} " if commands else ""
+    return f"{there}(see {' '.join(['subspace-meta', *names, '--help'])})"
 
 
 def _complain(message: str) -> int:

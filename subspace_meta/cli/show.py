@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from subspace_meta.benchmarks import memory
-from subspace_meta.checkpoint import load_weights
+from subspace_meta.checkpoint import load_notes, load_weights
 from subspace_meta.cli.common import WIDE, UsageError, print_table
 from subspace_meta.evaluation.report import environment
-from subspace_meta.weights import FOLDER, RELEASES
+from subspace_meta.weights import RELEASES, located
 
 
 def memory_command(
     model: Annotated[str, typer.Option(help=f"{', '.join(memory.MODELS)}.")] = "resnet50",
     layers: Annotated[bool, typer.Option("--layers", help="Also the state of every layer.")] = False,
-    measure: Annotated[
-        bool, typer.Option(" /--no-measure", help="Only count; do not run three steps of each.", show_default=False)
-    ] = True,
+    only_count: Annotated[
+        bool, typer.Option("--no-measure", help="Only count; do not run three steps of each.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON, with the layers.")] = False,
 ) -> None:
     """What optimizers remember about a model's matrices: meta-parameters, state, measured peak. Under a minute."""
     try:
-        records = memory.memory(model, measure)
+        records = memory.memory(model, not only_count)
     except ValueError as error:
         raise UsageError(str(error)) from error
     others = memory.MODELS[model].others
@@ -62,22 +61,29 @@ def memory_command(
 
 
 def weights_command(
-    file: Annotated[Path, typer.Argument(help="A weights file; by default the shipped one.")] = FOLDER
-    / RELEASES["base"],
+    file: Annotated[str, typer.Argument(help=f"A weights file, or {' or '.join(RELEASES)}, which ship.")] = "base",
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show what a weights file holds."""
-    theta, adapter = load_weights(file)
+    """Show what a weights file holds, and the notes that were written with it."""
+    path = located(file)
+    if not path.exists():
+        raise UsageError(f"{file}: no such file, and the weights that ship are {', '.join(RELEASES)}")
+    theta, adapter = load_weights(path)
     described = {
-        "file": str(file),
+        "file": str(path),
         "preset": adapter.name,
         "settings": dataclasses.asdict(adapter),
         "meta_parameters": sum(value.numel() for value in theta.values()),
-        "bytes": file.stat().st_size,
+        "bytes": path.stat().st_size,
         "tensors": {name: list(value.shape) for name, value in theta.items()},
     }
+    notes = load_notes(path)
     if as_json:
-        typer.echo(json.dumps(described))
+        typer.echo(json.dumps({**described, "notes": notes}))
         return
     for key, value in described.items():
         typer.echo(f"{key:16} {value}")
+    if notes:
+        typer.echo("notes")
+    for key, value in notes.items():
+        typer.echo(f"  {key:14} {value}")

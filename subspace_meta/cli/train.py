@@ -310,7 +310,13 @@ def _train(
         total = trainer.settings.outer_steps
         bar = progress.add_task("training", total=total, completed=trainer.position, note=note)
         smooth: float | None = None
-        for figures in trainer.run():
+
+        def compiling(family: str) -> None:
+            if not quiet:
+                line = f"compiling the inner loop of {family!r}; about a minute, less where that was done before"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        for figures in trainer.run(compiling):
             records.append(figures)
             draw(figures)
             smooth = figures["outer_loss"] if smooth is None else 0.95 * smooth + 0.05 * figures["outer_loss"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         low, high = self.horizon
         if not 0 < self.segment <= low <= high:
-            raise ValueError(f"need 0 < segment <= shortest <= longest horizon, got {self.segment} and {self.horizon}")
+            raise ValueError(
+                f"need 0 < segment <= shortest <= longest horizon, got {self.segment} and {self.horizon}; inner loops "
+                f"of {high} steps without truncation are segment={high}, horizon=({high}, {high})"
+            )
         if self.segment * 2**self.doublings != self.longest_segment:
             raise ValueError(f"the longest segment must be {self.segment} steps times a power of 2, got {self.longest}")
         if self.restart is not None and not 0 < self.restart < self.outer_steps:
@@ -251,6 +254,7 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.spoiled_tasks = 0
+        self._begun: set[InnerLoop] = set()  # compiled ones; equal ones share their code
         self.streams = [
             _Stream(
                 s,
@@ -312,8 +316,13 @@ class Trainer:
             return self.outer_step
         return min(settings.outer_steps, int(settings.outer_steps * self.elapsed / settings.seconds))
 
-    def step(self) -> dict[str, Any]:
-        """Take one outer step and return its figures."""
+    def step(self, compiling: Callable[[str], object] | None = None) -> dict[str, Any]:
+        """Take one outer step and return its figures.
+
+        Args:
+            compiling: called with the name of the family before the first step of an inner loop that is compiled, which
+                may take minutes.
+        """
         began = time.perf_counter()
         weights = torch.tensor([s.settings.weight for s in self.streams], device=self.generator.device)
         index = int(torch.multinomial(weights, 1, generator=self.generator))
@@ -324,6 +333,10 @@ class Trainer:
         assert stream.data is not None
         assert stream.initial is not None
         family = stream.family
+        if stream.settings.compiled and stream.loop not in self._begun:
+            self._begun.add(stream.loop)
+            if compiling is not None:
+                compiling(family.name)
         part = stream.part
         measured = {name: value[part] for name, value in family.measured(stream.data).items()}
         if stream.settings.segment is None:
@@ -421,10 +434,10 @@ class Trainer:
             )
         return costs
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Take the outer steps that are left, yielding the figures of each."""
+    def run(self, compiling: Callable[[str], object] | None = None) -> Iterator[dict[str, Any]]:
+        """Take the outer steps that are left, yielding the figures of each; ``compiling`` as in :meth:`step`."""
         while self.position < self.settings.outer_steps:
-            yield self.step()
+            yield self.step(compiling)
 
     def save(self, path: Path, previous: Path | None = None) -> None:
         """Write a checkpoint from which :meth:`load` goes on exactly; of several processes the first one writes it.

@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
-import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from subspace_meta._messages import callers_level, shortened
 from subspace_meta.geometry import Geometry, Rule
 from subspace_meta.optim import states
 from subspace_meta.optim.options import changed
@@ -49,6 +49,7 @@ class Cohort:
         norms: of the parameters after the last step; others mean that somebody moved them. None: nothing was stepped.
         free: options, and whether they were on, that were found to need no other state.
         number: which one it is in its group.
+        kind: device and dtype of the parameters for which the state was made. None: it has no tensors of these.
     """
 
     optimizer: Any
@@ -57,6 +58,7 @@ class Cohort:
     norms: Tensor | None = None
     free: set[tuple[str, bool]] = field(default_factory=set)
     number: int = 0
+    kind: tuple[torch.device, torch.dtype] | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -96,6 +98,20 @@ class Cohort:
                 self.free.add((key, bool(value)))
         self.optimizer = optimizer
 
+    def check_kind(self, params: Mapping[str, Tensor]) -> None:
+        """Raise ``ValueError`` unless parameters are still where, and of the dtype, that their state was made for."""
+        if self.kind is None:
+            return
+        device, dtype = self.kind
+        for name, p in params.items():
+            if p.dtype != dtype or p.device != device:
+                now, then = (p.dtype, dtype) if p.dtype != dtype else (p.device, device)
+                raise ValueError(
+                    f"parameter {name!r} is {now} now, and its state {then}: the model was converted after a step. "
+                    "Make the optimizer after that, or bring the state along: "
+                    "optimizer.load_state_dict(optimizer.state_dict())"
+                )
+
     def scaled(self, grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Return the gradients, multiplied by their units where the optimizer sees ratios only.
 
@@ -133,7 +149,20 @@ def loaded(
     own = {name: {k: v for k, v in part.items() if k not in (COHORT, UNIT)} for name, part in parts.items()}
     geometry = optimizer.geometry
     state = states.join(own, optimizer.init(_on_manifolds(geometry, params)), geometry)
-    return Cohort(optimizer, state, units, number=number)
+    return Cohort(optimizer, state, units, number=number, kind=_kind(state, params))
+
+
+def started(optimizer: Any, params: Mapping[str, Tensor], number: int) -> Cohort:
+    """Return cohort ``number``, whose parameters have their first gradient."""
+    state = optimizer.init(params)
+    return Cohort(optimizer, state, number=number, kind=_kind(state, params))
+
+
+def _kind(state: Any, params: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype] | None:
+    """Return what :meth:`Cohort.check_kind` compares."""
+    like = next(iter(params.values()))
+    leaves = pytree.tree_flatten(state)[0]
+    return (like.device, like.dtype) if any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves) else None
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -244,23 +273,14 @@ def bring_to_manifolds(geometry: Geometry, params: Mapping[str, Tensor], project
     for name, value in nearest.items():
         params[name].copy_(value)
     worst = max(off, key=lambda name: off[name])
-    shown = ", ".join(sorted(off)[:5]) + (f" and {len(off) - 5} more" if len(off) > 5 else "")
+    shown = shortened(sorted(off), str)
     warnings.warn(
         f"moved to the nearest point of their manifolds: {shown} (largest violation {off[worst]:.1e}, {worst})",
         ProjectionWarning,
-        stacklevel=_callers_level(),
+        stacklevel=callers_level(),
     )
 
 
 def quoted(names: Iterable[str]) -> str:
     """Return quoted names, separated by commas."""
     return ", ".join(map(repr, names))
-
-
-def _callers_level() -> int:
-    """Return the stack level of the first caller outside of this package and of torch, for warnings."""
-    inside = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -62,7 +62,8 @@ def hand_made(optimizer: Make, lr: float | Tensor | None, settings: dict[str, An
         what = optimizer.__name__ if inspect.isclass(optimizer) else f"{optimizer!r:.60}"
         raise ValueError(f"optimizer must be a class of this library, sm.RAdam for instance, got {what}")
     if isinstance(optimizer, type) and dataclasses.is_dataclass(optimizer):
-        refuse_unknown(settings, [field.name for field in dataclasses.fields(optimizer)], optimizer.__name__)
+        own = [field.name for field in dataclasses.fields(optimizer) if field.name != "geometry"]
+        refuse_unknown(settings, own, optimizer.__name__)
         usual = options(optimizer).get("lr", dataclasses.MISSING)
         lr = usual if lr is None and usual is not dataclasses.MISSING else lr
     if lr is None:
@@ -100,7 +101,7 @@ def groups_of(params: Module | Iterable[Any], settings: Settings) -> list[dict[s
     everything = {name: p for group in groups for name, p in group["params"]}
     if sum(len(group["params"]) for group in groups) != len(everything):
         raise ValueError("a parameter's name is in two groups")
-    geometry = Geometry.from_rules(everything, settings.rules)
+    geometry = Geometry.assigned(everything, settings.rules)  # each group has its warnings as it is added
     if settings.make_others is not None and all(isinstance(p.manifold, Euclidean) for p in geometry.parameters):
         raise ValueError("no parameter is on a manifold: give rules, or others=None if this optimizer takes all")
     return groups

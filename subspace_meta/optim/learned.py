@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from subspace_meta._messages import callers_level
+from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry
 from subspace_meta.optim import construction
 from subspace_meta.optim.contents import Others, Rules
+from subspace_meta.optim.options import refuse_unknown
 from subspace_meta.optim.shell import Riemannian
-from subspace_meta.optimizers.subspace import Adapter, SubspaceOptimizer
+from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer, check_weights_kind
 from subspace_meta.weights import pretrained
 
 
@@ -51,8 +56,12 @@ class SubspaceMeta(Riemannian):
         steps: how many steps there will be, if that is known; see ``SubspaceOptimizer``. No schedule is needed then for
             the parameters on manifolds; those of ``others`` have none.
 
+    Warns:
+        UserWarning: ``steps`` is given, and the weights do not look at it, as those of ``light``.
+
     Raises:
-        ValueError: see :class:`Riemannian`; or the weights are not the preset's.
+        ValueError: see :class:`Riemannian`; or the weights are not the preset's. Also for an argument that there is
+            not, with what would be right: the options of other optimizers are known by name.
     """
 
     def __init__(
@@ -69,11 +78,22 @@ class SubspaceMeta(Riemannian):
         project: bool = True,
         check_gradients: bool = True,
         non_finite: Literal["raise", "skip"] = "raise",
+        **unknown: NoReturn,
     ) -> None:
+        known = [name for name in inspect.signature(SubspaceMeta).parameters if name != "unknown"]
+        refuse_unknown(unknown, known, MakeLearned.name)
         if weights is None:
             if not isinstance(preset, str):
                 raise ValueError("an adapter with settings of its own needs its weights")
             weights = pretrained(preset)
+        check_weights_kind(weights)
         make = MakeLearned(dict(weights), preset)
         chosen = construction.settings_of(make, rules, others, project, check_gradients, non_finite)
         self._set_up(params, chosen, {"lr": lr, "guarded": guarded, "steps": steps})
+        adapter = PRESETS[preset] if isinstance(preset, str) else preset
+        if steps is not None and isinstance(adapter, BaseAdapter) and not adapter.sees_budget(weights):
+            warnings.warn(
+                "these weights were not trained with a number of steps in sight, so steps has no effect: leave it away",
+                UserWarning,
+                stacklevel=callers_level(),
+            )

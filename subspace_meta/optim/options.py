@@ -47,9 +47,13 @@ def options(optimizer: Any) -> dict[str, Any]:
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], owner: str, names: Collection[str] = ()) -> None:
-    """Raise ``ValueError`` naming the first key that is no option, the parameters of its group, and what there is."""
+    """Raise ``ValueError`` naming the first key that is no option, the parameters of its group, and what there is.
+
+    Without ``names`` the keys are a constructor's arguments, which schedulers do not write.
+    """
+    free = (*PARAMETERS, *SCHEDULERS) if names else ()
     for key in given:
-        if key not in known and key not in PARAMETERS and key not in SCHEDULERS:
+        if key not in known and key not in free:
             hint = f": {HINTS[key]}" if key in HINTS else ""
             first = ", ".join(map(repr, list(names)[:3])) + (", ..." if len(names) > 3 else "")
             where = f" (parameter group of {first})" if names else ""

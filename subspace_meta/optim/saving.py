@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
+from subspace_meta._messages import shortened
 from subspace_meta.optim import cohorts, ranks, sharding
 from subspace_meta.optim.contents import Contents, Group, Own
 from subspace_meta.optim.names import plain
@@ -60,7 +61,7 @@ def check_groups(contents: Contents, groups: list[dict[str, Any]]) -> None:
         raise ValueError("this is no state_dict of an optimizer of subspace_meta.optim: its groups have no param_names")
     given, wanted = names(groups), names(contents.param_groups)
     if given != wanted:
-        raise ValueError(f"the groups are {given}, this optimizer has {wanted}")
+        raise ValueError(f"the state is of other parameters: {_difference(given, wanted)}")
     for saved, own in zip(groups, contents.own, strict=False):
         lacking = [key for key in contents.defaults if key not in saved]
         strange = [key for key in saved if key not in own.options and key not in PARAMETERS]
@@ -70,6 +71,26 @@ def check_groups(contents: Contents, groups: list[dict[str, Any]]) -> None:
             raise ValueError(f"the state is of another optimizer: {error}") from None
         if lacking:
             raise ValueError(f"the state is of another optimizer: its groups have no option {lacking[0]!r}")
+
+
+def _difference(given: list[list[str]], wanted: list[list[str]]) -> str:
+    """Return in words how the names in saved groups differ from those of this optimizer."""
+    saved, here = ([name for group in groups for name in group] for groups in (given, wanted))
+    said = [
+        f"{what} {shortened(some)}"
+        for what, some in (
+            ("it lacks", [name for name in here if name not in set(saved)]),
+            ("this optimizer does not have", [name for name in saved if name not in set(here)]),
+        )
+        if some
+    ]
+    if said:
+        return ", and ".join(said)
+    if saved == here:
+        sizes = [[len(group) for group in groups] for groups in (given, wanted)]
+        return f"its groups are of {sizes[0]} parameters, here they are of {sizes[1]}"
+    one, other = next(pair for pair in zip(saved, here, strict=True) if pair[0] != pair[1])
+    return f"they stand in another order, {one!r} where {other!r} is here"
 
 
 def groups_from(contents: Contents, state: Mapping[Any, Any], groups: list[dict[str, Any]]) -> list[Group]:

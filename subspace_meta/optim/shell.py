@@ -130,8 +130,9 @@ class Riemannian(torch.optim.Optimizer):
 
         Raises:
             ValueError: a gradient is sparse; a gradient or a result is not finite (unless those steps are skipped); a
-                parameter is off its manifold, and is not to be moved; a parameter group has an unknown option; or a
-                guarded optimizer is given no loss. Nothing is changed then.
+                parameter is off its manifold, and is not to be moved; the model has another dtype or device than at
+                the last step; a parameter group has an unknown option; or a guarded optimizer is given no loss.
+                Nothing is changed then.
         """
         returned = None
         if closure is not None:

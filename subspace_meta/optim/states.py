@@ -24,6 +24,7 @@ from torch import Tensor
 
 from subspace_meta.geometry import Geometry, ParameterGeometry
 
+Shape = tuple[int, ...]
 Parts = dict[str, dict[str, Tensor]]  # by parameter, then by field
 
 
@@ -100,13 +101,12 @@ def join(parts: Mapping[str, Mapping[str, Tensor]], like: Any, geometry: Geometr
         ValueError: names or shapes are not those of ``like``, or parameters disagree about what they share.
     """
     expected = split(like, geometry)
+    shapes = {parameter.name: parameter.shape for parameter in geometry.parameters}
     for name, part in expected.items():
         given = {key: tuple(tensor.shape) for key, tensor in parts[name].items()}
         wanted = {key: tuple(tensor.shape) for key, tensor in part.items()}
         if given != wanted:
-            raise ValueError(
-                f"the state of {name!r} is of another optimizer or of other settings: it has {given}, not {wanted}"
-            )
+            raise ValueError(f"the state of {name!r} {_difference(given, wanted, shapes[name])}")
     places, layout = _places(geometry)
 
     def fill(name: str, value: Any) -> Any:
@@ -131,6 +131,21 @@ def join(parts: Mapping[str, Mapping[str, Tensor]], like: Any, geometry: Geometr
         return torch.stack(tensors) if len(tensors) > 1 else tensors[0].clone()
 
     return _rebuilt(like, fill)
+
+
+def _difference(given: dict[str, Shape], wanted: dict[str, Shape], shape: Shape) -> str:
+    """Return in words how the saved shapes of a parameter's state differ from those that it needs."""
+    if given.keys() != wanted.keys():
+        lacking, strange = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+        said = [f"it has no {', '.join(map(repr, lacking))}"] * bool(lacking)
+        said += [f"it has {', '.join(map(repr, strange))}, which this one does not keep"] * bool(strange)
+        return f"is of another optimizer or of other settings: {', and '.join(said)}"
+    differing = [key for key in wanted if given[key] != wanted[key]]
+    for key in differing:
+        if wanted[key] == shape:  # a buffer of the parameter's shape tells that of the saved one
+            return f"was saved for shape {given[key]}, here it is {shape}"
+    key = differing[0]
+    return f"was saved for another shape or other settings: {key!r} has shape {given[key]}, here it is {wanted[key]}"
 
 
 def _rebuilt(state: Any, fill: Callable[[str, Any], Any], prefix: str = "") -> Any:

@@ -108,7 +108,7 @@ def _start_cohorts(own: Own, held: Held, settings: Settings, keys: Iterable[str]
                 cohorts.bring_to_manifolds(geometry, params, settings.project, cohorts.LATER)
             like = next(iter(params.values()))
             optimizer = settings.make(geometry, like=like, **{key: own.options[key] for key in keys})
-            group.cohorts.append(Cohort(optimizer, optimizer.init(params), number=number))
+            group.cohorts.append(cohorts.started(optimizer, params, number))
         group.numbers.update(dict.fromkeys(names, number))
 
 
@@ -122,6 +122,7 @@ def _work(cohort: Cohort, own: Own, here: Held, settings: Settings) -> Work | No
         stays = all(grad is None for grad in grads.values()) or _nothing_to_do(own.options["lr"], grads)
     if stays:
         return None
+    cohort.check_kind(params)
     cohort.take_options(own.options, params)
     if settings.check and (elsewhere := cohorts.moved_by_others(cohort, params)):
         some = cohorts.subset(cohort.geometry, params, elsewhere)

@@ -7,6 +7,7 @@ One update: R = grad f(X); an adapter turns R into a scaled direction D; X+ = Re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers import guard
 from subspace_meta.optimizers.base import (
+    check_order,
     check_rate,
     check_start,
     check_weight_dtype,
@@ -40,8 +42,18 @@ PRESETS: dict[str, Adapter] = {
 }
 
 
+def check_weights_kind(weights: Any) -> None:
+    """Raise ``ValueError`` unless ``weights`` is a dict: a path, and what a file gives, are near at hand."""
+    if not isinstance(weights, Mapping):
+        got = f"{weights!r:.60}" if isinstance(weights, str | os.PathLike) else f"a {type(weights).__name__}"
+        raise ValueError(
+            f"weights is a dict of tensors, got {got}; of a file: weights, preset = sm.load_weights(path), give both"
+        )
+
+
 def check_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` unless ``weights`` are meta-parameters of this adapter, by names and shapes."""
+    check_weights_kind(weights)
     settings = f" with hidden size {adapter.hidden}"
     check_weight_shapes(weights, adapter.weight_shapes(), f"preset {adapter.name!r}", settings)
 
@@ -140,6 +152,7 @@ class SubspaceOptimizer:
             ValueError: as of :meth:`update`; or a parameter has no memory of its own to be written (under a transform
                 or in a trace).
         """
+        check_order(grads, params)
         if not has_values(*params.values(), *grads.values()):
             raise ValueError("update_ writes into the parameters; under a transform or in a trace use update")
         moved, state = self._step(grads, state, params, value, in_place=True)
@@ -155,6 +168,7 @@ class SubspaceOptimizer:
         value: Tensor | None,
         in_place: bool,
     ) -> tuple[list[Tensor], Any]:
+        check_order(grads, params)
         watched = None
         if self.guarded:
             if value is None:

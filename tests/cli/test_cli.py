@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ import subspace_meta as sm
 from subspace_meta import cli
 from subspace_meta.benchmarks import memory
 from subspace_meta.evaluation import archive
-from subspace_meta.tasks import held_out_suite
+from subspace_meta.meta import unroll
+from subspace_meta.meta.trainer import StreamSettings, Trainer, TrainSettings
+from subspace_meta.tasks import SyntheticPCA, held_out_suite
+from subspace_meta.weights import RELEASES
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -160,6 +164,31 @@ def test_a_run_that_does_not_fit_is_warned_about(
     assert "needs 0.0 GB, 0.0 GB are free; take fewer tasks" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_compiling_is_said_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    monkeypatch.setattr(unroll, "compile_block", lambda block: block)
+    unroll.block_of.cache_clear()
+    streams = (StreamSettings((SyntheticPCA(8, 2, batch_size=4),), tasks=2),)
+    trainer = Trainer(TrainSettings(streams, outer_steps=2, segment=2, horizon=(2, 2)))
+    assert cli.train._train(trainer, [], tmp_path, quiet, 1e9, None)
+    unroll.block_of.cache_clear()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compiling the inner loop of")]
+    wanted = "compiling the inner loop of 'synthetic PCA 8x2'; about a minute, less where that was done before"
+    assert said == ([] if quiet else [wanted])
+
+
+def test_what_torch_says_of_itself_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "`torch._prims_common.check` is deprecated and will be removed in the future"
+    monkeypatch.setattr(cli, "app", lambda standalone_mode: warnings.warn(message, FutureWarning, stacklevel=1))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert not warned
+
+
 def test_a_second_run_of_the_same_name_is_refused(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = finished
     before = (folder / "runs/one/config.json").read_bytes()
@@ -243,7 +272,18 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("train", "--presett", "quick"), ("No such option: --presett", "--preset")),
+        (
+            ("train", "--presett", "quick"),
+            ("No such option: --presett", "--preset", "(see subspace-meta train --help)"),
+        ),
+        (("--presett",), ("No such option: --presett (see subspace-meta --help)",)),
+        (
+            ("bench",),
+            ("Missing command. There are geometry, step, predecessor, meta (see subspace-meta bench --help)",),
+        ),
+        (("bench", "foo"), ("No such command 'foo'. There are geometry, step,", "(see subspace-meta bench --help)")),
+        (("bench", "step", "--round", "2"), ("--round", "(see subspace-meta bench step --help)")),
+        (("weights", "bases"), ("bases: no such file", "ship are base, light")),
         (("memory", "--model", "vgg"), ("unknown", "resnet50, transformer")),
         (("train", "--preset", "slow"), ("unknown preset 'slow'", "quick, refine, release, smoke")),
         (("train", "--optimizer", "adam"), ("unknown optimizer preset 'adam'", "base, light, paper")),
@@ -253,7 +293,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("train", "--outer-steps", "0"), ("--outer-steps", "greater than or equal to 1")),
         (("train", "--resume"), ("--resume needs --name",)),
         (("train", "--resume", "--name", "none"), ("runs/none", "without --resume")),
-        (("trane",), ("No such command 'trane'",)),
+        (("trane",), ("No such command 'trane'", "train, evaluate, archive", "(see subspace-meta --help)")),
         (("evaluate", "--suite", "mnist"), ("no suite 'mnist'", "full, quick, test")),
         (("archive", "--suite", "mnist"), ("no suite 'mnist'", "full, quick, test")),
         (("evaluate", "--suite", "test", "--own", "json:dumps"), ("--own or --suite test, not both",)),
@@ -324,9 +364,31 @@ def test_measured_memory_holds_the_state() -> None:
         assert peak is None or peak >= memory.state_bytes("RAdam", shapes) * (2 if name == "Adam" else 1) * 0.9
 
 
+@pytest.mark.parametrize("name", [*RELEASES, "own.safetensors"])
+def test_weights_are_shown_with_their_notes_by_file_or_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sm.save_weights("own.safetensors", sm.pretrained(), sm.PRESETS["base"], {"outer_steps": 7})
+
+    def shown(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["subspace-meta", "weights", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    found = json.loads(shown(name, "--json"))
+    assert found["preset"] == ("light" if name == "light" else "base")
+    assert found["notes"]["outer_steps"]
+    assert f"  outer_steps    {found['notes']['outer_steps']}\n" in shown(name)
+    assert json.loads(shown("--json"))["file"].endswith(RELEASES["base"])
+
+
 def test_version_and_help(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout.strip() == sm.__version__
     for command in ((), ("train",), ("evaluate",), ("archive",), ("weights",), ("memory",), ("bench", "step")):
         done = run(*command, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert "Usage" in done.stdout
+        assert " / --" not in done.stdout

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import subspace_meta as sm
 from subspace_meta.checkpoint import OtherRunError
+from subspace_meta.meta import unroll
 from subspace_meta.meta.trainer import (
     LOSS_FLOOR,
     MOST_SKIPPED,
@@ -52,6 +53,24 @@ def test_a_resumed_run_is_the_same_run(told: float, tmp_path: Path) -> None:
         second.load(tmp_path / "checkpoint.safetensors")
         assert without_time(list(second.run())) == records[cut:]
         assert all(torch.equal(second.theta[name], whole.theta[name]) for name in whole.theta)
+
+
+def test_the_first_step_of_a_compiled_loop_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unroll, "compile_block", lambda block: block)
+    unroll.block_of.cache_clear()
+    compiled, eager = SyntheticPCA(9, 2, batch_size=8), SyntheticPCA(7, 2, batch_size=8)
+    streams = (
+        StreamSettings((compiled, FAMILY), tasks=2),
+        StreamSettings((compiled,), tasks=2),
+        StreamSettings((eager,), tasks=2, compiled=False),
+    )
+    trainer = Trainer(replace(SETTINGS, streams=streams, horizon=(4, 4)))
+    said: list[str] = []
+    stepped = [figures["family"] for figures in trainer.run(said.append)]
+    assert said == [name for name in dict.fromkeys(stepped) if name != eager.name]
+    assert set(said) == {compiled.name, FAMILY.name}
+    assert len(list(Trainer(replace(SETTINGS, streams=streams, outer_steps=2)).run())) == 2
+    unroll.block_of.cache_clear()
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -219,7 +238,10 @@ def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"horizon": (2, 8)}, "segment"),
+        (
+            {"horizon": (2, 8)},
+            r"need 0 < segment .* of 8 steps without truncation are segment=8, horizon=\(8, 8\)$",
+        ),
         ({"preset": "large"}, "'large' is unknown; there are base, light, paper"),
         ({"longest": 12}, "4 steps times a power of 2, got 12"),
         ({"restart": 0}, "the restart must be one of"),

@@ -94,6 +94,61 @@ def test_the_preset_paper_has_no_use_for_it():
         SubspaceOptimizer(GEOMETRY, lively_weights("paper"), "paper", steps=10)
 
 
+BLIND = {name: value.double() for name, value in sm.pretrained("light").items()}
+LIGHT = sm.PRESETS["light"]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "seen"),
+    [
+        *[("lstm.weight", (3, column), True) for column in range(16, 20)],
+        *[("lstm.weight", (3, column), False) for column in (15, 20)],
+        *[(name, (place,), True) for name in ("length.skip", "rate.skip") for place in range(11, 15)],
+        ("length.skip", (10,), False),
+        ("length.gauge", (5,), True),
+        ("length.gauge", (4,), False),
+        ("length.bias", (), False),
+    ],
+)
+def test_which_weights_look_at_it(name, place, seen):
+    weights = {key: value.clone() for key, value in BLIND.items()}
+    weights[name][place] += 0.5
+    assert LIGHT.sees_budget(weights) is seen
+    ends = []
+    for steps in (None, 8):
+        optimizer = SubspaceOptimizer(GEOMETRY, weights, "light", steps=steps)
+        params, state = START, optimizer.init(START)
+        for t in range(6):
+            grads = {key: normal(*x.shape, seed=10 * t + i) for i, (key, x) in enumerate(params.items())}
+            params, state = optimizer.update(grads, state, params)
+        ends.append(params)
+    assert (apart(*ends) > 0) is seen
+
+
+def test_weights_that_do_not_look_at_it_are_said_by_the_torch_optimizer(recwarn):
+    rules, model = {"0.weight": sm.Stiefel()}, network()
+    torch.nn.init.orthogonal_(model[0].weight)
+    for settings in ({"preset": "light"}, {"steps": 50}, {"weights": lively_weights(), "steps": 50}):
+        sm.optim.SubspaceMeta(model, rules, **settings)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="these weights were not trained with a number of steps .* no effect"
+    ) as warned:
+        sm.optim.SubspaceMeta(model, rules, preset="light", steps=50)
+    assert [w.filename for w in warned] == [__file__]
+    weights = {key: value.clone() for key, value in sm.pretrained().items()}
+    for name, zeros in (
+        ("lstm.weight", (slice(None), slice(16, 20))),
+        ("length.gauge", 5),
+        ("length.skip", slice(11, 15)),
+    ):
+        weights[name][zeros] = 0.0
+    weights["rate.skip"][11:] = 0.0
+    assert sm.PRESETS["base"].sees_budget(weights)  # by the decay
+    weights["decay.skip"][11:] = 0.0
+    assert not sm.PRESETS["base"].sees_budget(weights)
+
+
 def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).double()

@@ -109,6 +109,29 @@ def test_state_is_loaded_into_another_dtype(name):
 
 
 @learned_and_hand_made
+def test_a_model_that_is_converted_after_a_step_is_named_with_the_way_out(name):
+    model = network(dtype=torch.float32)
+    optimizer = shell(name, model, dtype=torch.float32, others=partial(torch.optim.SGD, lr=0.1))
+    train(optimizer, model, 1)
+    model.double()
+    before = values(model)
+    with pytest.raises(ValueError, match=r"'0.weight' is torch.float64 now, and its state torch.float32: .*converted"):
+        train(optimizer, model, 1)
+    assert_equal(values(model), before)
+    (cohort,) = optimizer._groups[0].cohorts
+    elsewhere = {key: torch.empty_like(p, dtype=torch.float32, device="meta") for key, p in before.items()}
+    with pytest.raises(ValueError, match=r"'0.weight' is meta now, and its state cpu: the model was converted"):
+        cohort.check_kind(elsewhere)
+    if name == "base":  # made for the dtype by its factory, not by the optimizer of these tests
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, model, 1)
+    stateless = network(dtype=torch.float32)
+    plain = sm.optim.Riemannian(stateless, RULES, sm.RSGD, lr=0.1, others=partial(torch.optim.SGD, lr=0.1))
+    train(plain, stateless, 1)
+    train(plain, stateless.double(), 1)
+
+
+@learned_and_hand_made
 def test_a_scheduler_changes_the_rates_of_all_groups(name):
     model, by_hand = network(), network()
     optimizer, other = shell(name, model), shell(name, by_hand)
@@ -485,13 +508,26 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changed():
     fewer = {**saved, "param_groups": saved["param_groups"][:1]}
     other_names = copy.deepcopy(saved)
     other_names["param_groups"][0]["param_names"][1] = "other.weight"
+    swapped, regrouped = copy.deepcopy(saved), copy.deepcopy(saved)
+    swapped["param_groups"][0]["param_names"][:2] = ["2.weight", "0.weight"]
+    for key in ("params", "param_names"):
+        regrouped["param_groups"][0][key].append(regrouped["param_groups"][1][key].pop(0))
+    without_peak = {key: value for key, value in saved["state"][0].items() if key != "peak"}
     without_cohort = {key: value for key, value in saved["state"][0].items() if key != "cohort"}
     for wrong, message in (
         ({"state": [], "param_groups": [], "format": 1}, "an earlier layout"),
-        (fewer, "the groups are"),
-        (other_names, r"other\.weight"),
+        (fewer, "of other parameters: it lacks '0.bias', '2.bias', '4.bias'$"),
+        (other_names, r"of other parameters: it lacks '2.weight', and this optimizer does not have 'other\.weight'$"),
+        (swapped, "of other parameters: they stand in another order, '2.weight' where '0.weight' is here$"),
+        (regrouped, r"of other parameters: its groups are of \[4, 2\] parameters, here they are of \[3, 3\]$"),
         ({**saved, "state": {**saved["state"], 0: without_cohort}}, "'0.weight' is of another optimizer"),
-        (changed_state(saved, momentum=torch.zeros(2, 2)), "'0.weight' is of another optimizer"),
+        (
+            changed_state(saved, momentum=torch.zeros(2, 2)),
+            r"'0.weight' was saved for shape \(2, 2\), here .*\(5, 7\)$",
+        ),
+        (changed_state(saved, peak=torch.zeros(2)), r"other settings: 'peak' has shape \(2,\), here it is \(1,\)$"),
+        (changed_state(saved, odd=torch.zeros(2)), "'0.weight' is .*: it has 'odd', which this one does not keep$"),
+        ({**saved, "state": {**saved["state"], 0: without_peak}}, "'0.weight' is of another .*: it has no 'peak'$"),
         (changed_state(saved, step=torch.tensor(7.0, dtype=torch.float64)), "disagree about 'step'"),
         (torch.optim.AdamW(model.parameters()).state_dict(), "no param_names"),
         (shell("RAdam", network()).state_dict(), "another optimizer.*'betas'"),

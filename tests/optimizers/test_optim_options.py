@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +234,59 @@ def test_a_key_of_the_other_optimizer_that_nobody_reads_is_refused_later_too():
 def test_meta_parameters_in_the_place_of_the_rate():
     with pytest.raises(ValueError, match=r"lr must be a number .*meta-parameters are the argument weights="):
         sm.optim.SubspaceMeta(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, sm.pretrained("light"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "got"),
+    [
+        ("x.safetensors", "got 'x.safetensors'"),
+        (Path("x.safetensors"), r"got \w*Path\('x.safetensors'\)"),
+        ((sm.pretrained("light"), sm.PRESETS["light"]), "got a tuple"),
+    ],
+)
+def test_a_file_and_what_it_gives_are_no_weights(weights, got):
+    model, rules = torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}
+    geometry = sm.Geometry.from_rules(dict(model.named_parameters()), rules)
+    for make in (lambda: SubspaceMeta(model, rules, weights=weights), lambda: sm.SubspaceOptimizer(geometry, weights)):
+        with pytest.raises(ValueError, match=f"weights is a dict of tensors, {got}; of a file: weights, preset = sm"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("weight_decay", ": it has no meaning on a manifold"),
+        ("maximize", ": negate the loss"),
+        ("momentum", "; there are "),
+        ("initial_lr", "; there are "),
+    ],
+)
+def test_arguments_of_other_optimizers(key, hint):
+    model, rules = torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}
+    with pytest.raises(ValueError, match=f"'{key}' is no option of the learned optimizer{hint}") as raised:
+        SubspaceMeta(model, rules, **{key: 1e-2})
+    assert str(raised.value).endswith(
+        "check_gradients, guarded, lr, non_finite, others, params, preset, project, rules, steps, weights"
+    )
+    with pytest.raises(ValueError, match=f"'{key}' is no option of RAdam{hint}"):
+        Riemannian(model, rules, sm.RAdam, lr=1e-2, **{key: 1e-2})
+
+
+def test_what_there_is_are_options():
+    message = "'beta' is no option of RAdam; there are amsgrad, betas, eps, lr$"
+    with pytest.raises(ValueError, match=message):
+        Riemannian(torch.nn.Linear(4, 3), {"weight": sm.Stiefel()}, sm.RAdam, lr=1e-2, beta=0.9)
+
+
+def test_biases_on_a_manifold_of_matrices_are_said_once():
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.orthogonal_(model.weight)
+    torch.nn.init.constant_(model.bias, 3**-0.5)
+    with pytest.warns(UserWarning, match=r"rule '\*' matches vectors, too: 'bias'; each") as warned:
+        optimizer = SubspaceMeta(model, {"*": sm.Stiefel()})
+    assert [w.filename for w in warned] == [__file__]
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
 
 
 def test_weights_that_are_not_to_be_moved_are_refused_at_the_start():

@@ -31,7 +31,7 @@ optimizers = pytest.mark.parametrize("name", ALL)
 
 
 def rules_for(name):
-    return {"*": sm.Stiefel()} if name in ORTHONORMAL_OPTIMIZERS else RULES
+    return dict.fromkeys(SHAPES, sm.Stiefel()) if name in ORTHONORMAL_OPTIMIZERS else RULES
 
 
 def gradients(params, seed=0):
