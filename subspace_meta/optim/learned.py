@@ -44,7 +44,7 @@ class SubspaceMeta(Riemannian):
     """The learned optimizer as a torch optimizer: no learning rate to choose for what it steps.
 
     That is the parameters on manifolds. The rest goes to AdamW at its default rate, which is seldom the best one,
-    unless ``others`` says otherwise; with ``others=None`` the learned optimizer takes it as well, as Euclidean matrices.
+    unless ``others`` says otherwise; with ``others=None`` the learned optimizer takes it too, as Euclidean matrices.
 
     Args:
         params, rules, others, project, check_gradients, non_finite: see :class:`Riemannian`.
