@@ -8,9 +8,7 @@ them (256 separate 16 x 16 matrices cost what one stack costs); optimizers work 
 from __future__ import annotations
 
 import fnmatch
-import glob
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +17,6 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from subspace_meta._messages import callers_level, shortened
 from subspace_meta.manifolds import Euclidean, Manifold, Sphere
 
 Params = dict[str, Tensor]
@@ -70,14 +67,6 @@ class MatrixView:
 def matches(pattern: str, name: str) -> bool:
     """Return whether a rule's glob pattern matches a name; a name matches itself, brackets and all."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
-
-
-def check_named(tensors: object, what: str = "parameter") -> None:
-    """Raise ``TypeError`` unless tensors are a dict: a state is near at hand in ``update(grads, state, params)``."""
-    if not isinstance(tensors, Mapping):
-        raise TypeError(
-            f"{what}s are a dict, name -> tensor, got {type(tensors).__name__}; update takes (grads, state, params)"
-        )
 
 
 def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
@@ -178,27 +167,9 @@ class Geometry:
             rules: glob pattern of names -> manifold (or :class:`Rule`). The first match counts, a name matches itself;
                 without a match the parameter is Euclidean.
 
-        Warns:
-            UserWarning: a pattern gives parameters of one dimension, biases for instance, to a manifold of matrices.
-
         Raises:
             ValueError: there are no parameters, a pattern matches none of them, or a shape cannot carry its manifold.
         """
-        geometry = cls.assigned(params, rules)
-        for pattern, names in _vectors(geometry, rules or {}).items():
-            manifold = next(p.manifold for p in geometry.parameters if p.name == names[0])
-            warnings.warn(
-                f"rule {pattern!r} matches vectors, too: {shortened(names)}; each is then a matrix of one column on "
-                f"{manifold.name}, of unit length. A pattern like '*.weight' leaves them free; if they are meant, give "
-                "their names, or Sphere()",
-                UserWarning,
-                stacklevel=callers_level(),
-            )
-        return geometry
-
-    @classmethod
-    def assigned(cls, params: Mapping[str, Tensor], rules: Mapping[str, Manifold | Rule] | None = None) -> Geometry:
-        """Return what :meth:`from_rules` does, without its warning."""
         if not params:
             raise ValueError("there are no parameters; give a dict of named tensors, dict(model.named_parameters())")
         rules = dict(rules or {})
@@ -219,19 +190,12 @@ class Geometry:
             shape = tuple(tensor.shape)
             if 0 in shape:
                 raise ValueError(f"parameter {name!r} of shape {shape} has no entries; leave it out")
-            seen = way_out = ""
             try:
                 view = rule.view or default_view(shape, rule.manifold)
                 matrix_shape = tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)
-                seen = f", seen as {' x '.join(map(str, matrix_shape))}," if matrix_shape != shape else ""
-                way_out = (
-                    "; give it another manifold, leave it out, or see it otherwise, Rule(manifold, MatrixView(...))"
-                )
                 rule.manifold.check_shape(matrix_shape)
             except Exception as error:  # einops raises its own class; the user needs the parameter's name with it
-                raise ValueError(
-                    f"parameter {name!r} of shape {shape}{seen} on {rule.manifold.name}: {error}{way_out}"
-                ) from error
+                raise ValueError(f"parameter {name!r} of shape {shape} on {rule.manifold.name}: {error}") from error
             parameters.append(ParameterGeometry(name, shape, rule.manifold, view, matrix_shape))
         return cls(tuple(parameters), _group(parameters))
 
@@ -256,7 +220,6 @@ class Geometry:
 
     def check(self, params: Mapping[str, Tensor], what: str = "parameter") -> None:
         """Raise ``ValueError`` unless ``params`` has exactly the names and shapes of this geometry, and real dtypes."""
-        check_named(params, what)
         for parameter in self.parameters:
             tensor = params.get(parameter.name)
             if tensor is None or len(params) != len(self.parameters):
@@ -325,7 +288,6 @@ class Geometry:
 
     def gather(self, params: Mapping[str, Tensor]) -> list[Tensor]:
         """Return one tensor ``(..., d, p)`` per group."""
-        check_named(params)
         gathered = []
         for group in self.groups:
             matrices = [member.view.to_matrix(params[member.name]) for member in group.members]
@@ -402,20 +364,6 @@ def _can_be(manifold: Manifold, shape: tuple[int, ...]) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _vectors(geometry: Geometry, rules: Mapping[str, Manifold | Rule]) -> dict[str, list[str]]:
-    """Return, by pattern, the parameters without a second dimension that it makes columns; names are no patterns."""
-    found: dict[str, list[str]] = {}
-    for parameter in geometry.parameters:
-        name = parameter.name
-        if len(parameter.shape) > 1 or isinstance(parameter.manifold, Sphere) or not parameter.manifold.vectors:
-            continue
-        pattern = next(pattern for pattern in rules if matches(pattern, name))
-        rule = rules[pattern]
-        if pattern not in (name, glob.escape(name)) and not (isinstance(rule, Rule) and rule.view):
-            found.setdefault(pattern, []).append(name)
-    return found
 
 
 def _group(parameters: Sequence[ParameterGeometry]) -> tuple[Group, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from subspace_meta.geometry import Geometry, matches
-from subspace_meta.manifolds import Euclidean
+from subspace_meta._messages import callers_level, shortened
+from subspace_meta.geometry import Geometry, Rule, matches
+from subspace_meta.manifolds import Euclidean, Sphere
 from subspace_meta.optim import cohorts, sharding
 from subspace_meta.optim.contents import Contents, Group, Maker, Others, Rules, Settings
 from subspace_meta.optim.names import named, named_groups, plain
@@ -101,7 +104,7 @@ def groups_of(params: Module | Iterable[Any], settings: Settings) -> list[dict[s
     everything = {name: p for group in groups for name, p in group["params"]}
     if sum(len(group["params"]) for group in groups) != len(everything):
         raise ValueError("a parameter's name is in two groups")
-    geometry = Geometry.assigned(everything, settings.rules)  # each group has its warnings as it is added
+    geometry = Geometry.from_rules(everything, settings.rules)
     if settings.make_others is not None and all(isinstance(p.manifold, Euclidean) for p in geometry.parameters):
         raise ValueError("no parameter is on a manifold: give rules, or others=None if this optimizer takes all")
     return groups
@@ -151,6 +154,7 @@ def addition(contents: Contents, param_group: Mapping[str, Any]) -> Addition:
         raise ValueError("one parameter is there under two names; model.named_parameters() gives each once")
     rules = {pattern: r for pattern, r in settings.rules.items() if any(matches(pattern, name) for name in members)}
     geometry = Geometry.from_rules(members, rules)
+    _warn_of_vectors(geometry, rules)
     curved = [p.name for p in geometry.parameters if not isinstance(p.manifold, Euclidean)]
     names = list(geometry.names) if settings.make_others is None else curved
     here = {name: members[name] for name in names}
@@ -212,6 +216,27 @@ def _known_by_others(contents: Contents, parameters: list[Parameter]) -> dict[st
     assert make is not None
     others = contents.others or make(parameters)
     return dict(others.defaults)
+
+
+def _warn_of_vectors(geometry: Geometry, rules: Rules) -> None:
+    """Warn of patterns that make parameters of one dimension, biases for instance, columns; names are no patterns."""
+    found: dict[str, list[str]] = {}
+    for p in geometry.parameters:
+        if len(p.shape) > 1 or isinstance(p.manifold, Sphere) or not p.manifold.vectors:
+            continue
+        pattern = next(pattern for pattern in rules if matches(pattern, p.name))
+        rule = rules[pattern]
+        if pattern not in (p.name, glob.escape(p.name)) and not (isinstance(rule, Rule) and rule.view):
+            found.setdefault(pattern, []).append(p.name)
+    for pattern, names in found.items():
+        manifold = next(p.manifold for p in geometry.parameters if p.name == names[0])
+        warnings.warn(
+            f"rule {pattern!r} matches vectors, too: {shortened(names)}; each is then a matrix of one column on "
+            f"{manifold.name}, of unit length. A pattern like '*.weight' leaves them free; if they are meant, give "
+            "their names, or Sphere()",
+            UserWarning,
+            stacklevel=callers_level(),
+        )
 
 
 def start_feasible(new: Addition, project: bool) -> None:
