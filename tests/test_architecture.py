@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "subspace_meta"
 FLOORS = (
-    ("subspace_kernels", "_messages", "_tracing", "_version", "live"),
+    ("subspace_kernels", "_tracing", "_version", "live"),
     ("manifolds", "adapter"),
     ("geometry", "reference"),
     ("optimizers", "rules", "tasks"),

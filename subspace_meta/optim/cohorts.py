@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from subspace_meta._messages import callers_level, shortened
 from subspace_meta.geometry import Geometry, Rule
 from subspace_meta.optim import states
+from subspace_meta.optim.messages import callers_level, shortened
 from subspace_meta.optim.options import changed
 from subspace_meta.optimizers.subspace import SubspaceOptimizer
 

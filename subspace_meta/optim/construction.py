@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from subspace_meta._messages import callers_level, shortened
 from subspace_meta.geometry import Geometry, Rule, matches
 from subspace_meta.manifolds import Euclidean, Sphere
 from subspace_meta.optim import cohorts, sharding
 from subspace_meta.optim.contents import Contents, Group, Maker, Others, Rules, Settings
+from subspace_meta.optim.messages import callers_level, shortened
 from subspace_meta.optim.names import named, named_groups, plain
 from subspace_meta.optim.options import HINTS, changed, check_rate_kind, options, refuse_unknown
 from subspace_meta.optimizers.base import Optimizer

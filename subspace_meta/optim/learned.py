@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from subspace_meta._messages import callers_level
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry
 from subspace_meta.optim import construction
 from subspace_meta.optim.contents import Others, Rules
+from subspace_meta.optim.messages import callers_level
 from subspace_meta.optim.options import refuse_unknown
 from subspace_meta.optim.shell import Riemannian
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer, check_weights_kind

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
-from subspace_meta._messages import shortened
 from subspace_meta.optim import cohorts, ranks, sharding
 from subspace_meta.optim.contents import Contents, Group, Own
+from subspace_meta.optim.messages import shortened
 from subspace_meta.optim.names import plain
 from subspace_meta.optim.options import PARAMETERS, refuse_unknown
 

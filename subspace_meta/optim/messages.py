@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_INSIDE = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_INSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
 def shortened(names: Sequence[str], shown: Callable[[str], str] = repr) -> str:
