@@ -69,6 +69,14 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
+def check_named(tensors: object, what: str = "parameter") -> None:
+    """Raise ``TypeError`` unless tensors are a dict: a state is near at hand in ``update(grads, state, params)``."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"{what}s are a dict, name -> tensor, got {type(tensors).__name__}; update takes (grads, state, params)"
+        )
+
+
 def default_view(shape: Sequence[int], manifold: Manifold) -> MatrixView:
     """Choose the matrix view of a parameter by its number of dimensions.
 
@@ -190,12 +198,20 @@ class Geometry:
             shape = tuple(tensor.shape)
             if 0 in shape:
                 raise ValueError(f"parameter {name!r} of shape {shape} has no entries; leave it out")
+            where = f"parameter {name!r} of shape {shape}"
             try:
                 view = rule.view or default_view(shape, rule.manifold)
                 matrix_shape = tuple(view.to_matrix(torch.empty(shape, device="meta")).shape)
-                rule.manifold.check_shape(matrix_shape)
             except Exception as error:  # einops raises its own class; the user needs the parameter's name with it
-                raise ValueError(f"parameter {name!r} of shape {shape} on {rule.manifold.name}: {error}") from error
+                raise ValueError(f"{where} on {rule.manifold.name}: {error}") from error
+            try:
+                rule.manifold.check_shape(matrix_shape)
+            except ValueError as error:
+                seen = f", seen as {' x '.join(map(str, matrix_shape))}," if matrix_shape != shape else ""
+                raise ValueError(
+                    f"{where}{seen} on {rule.manifold.name}: {error}; give it another manifold, leave it out, or see "
+                    "it otherwise, Rule(manifold, MatrixView(...))"
+                ) from error
             parameters.append(ParameterGeometry(name, shape, rule.manifold, view, matrix_shape))
         return cls(tuple(parameters), _group(parameters))
 
@@ -220,6 +236,7 @@ class Geometry:
 
     def check(self, params: Mapping[str, Tensor], what: str = "parameter") -> None:
         """Raise ``ValueError`` unless ``params`` has exactly the names and shapes of this geometry, and real dtypes."""
+        check_named(params, what)
         for parameter in self.parameters:
             tensor = params.get(parameter.name)
             if tensor is None or len(params) != len(self.parameters):
@@ -288,6 +305,7 @@ class Geometry:
 
     def gather(self, params: Mapping[str, Tensor]) -> list[Tensor]:
         """Return one tensor ``(..., d, p)`` per group."""
+        check_named(params)
         gathered = []
         for group in self.groups:
             matrices = [member.view.to_matrix(params[member.name]) for member in group.members]

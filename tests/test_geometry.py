@@ -161,6 +161,11 @@ def test_a_view_of_the_users_own():
             sm.Rule(sm.Stiefel(), sm.MatrixView("a (b c) -> a b c", (("b", 3),))),
             r"'w' of shape \(6, 2\) on Sti",
         ),
+        (
+            (10, 288),
+            sm.SPD(),
+            r"'w' of shape \(10, 288\), seen as 288 x 10, on SPD: .* square .*; give it another manifold, leave it out",
+        ),
         ((1, 2, 1, 1, 1, 1), sm.Stiefel(), r"'w' of shape \(1, 2, 1, 1, 1, 1\) .* no matrix view is known for 6 dim"),
         ((4, 0), sm.Stiefel(), r"'w' of shape \(4, 0\) has no entries"),
     ],

@@ -1,11 +1,11 @@
 """The archive of tuned baselines: what every hand-made optimizer reaches on every task of the suite, at its best rate.
 
 Tuning takes hours, so it is done once and kept in ``evaluation/archive``: one compressed JSON file a task, one cell a
-baseline. A cell says which code made it, by a hash of the modules that decide its numbers, without their comments and
-docstrings; a cell of other code is *stale*, and made anew when the archive is regenerated. Much of that code may
-change without changing a number: :func:`confirm` runs the first steps of a stale cell again, all rates and seeds, and
-keeps the cell where they are what was measured. Files are written whole after every cell, so an interrupted run goes
-on where it was.
+baseline. A cell says which code made it, by a hash of the modules that decide its numbers, without their comments,
+docstrings and errors; a cell of other code is *stale*, and made anew when the archive is regenerated. Much of that code
+may change without changing a number: :func:`confirm` runs the first steps of a stale cell again, all rates and seeds,
+and keeps the cell where they are what was measured. Files are written whole after every cell, so an interrupted run
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -150,24 +150,47 @@ def cell_of(curves: Curves, code: str) -> Cell:
 # --- Which code made it ---
 
 
+def _is_check(name: str) -> bool:
+    """Return whether a function of this name only raises, as the house has it: ``check_shape``, ``_check_rate``."""
+    return name.lstrip("_").partition("_")[0] == "check"
+
+
+def _only_says(node: ast.stmt) -> bool:
+    """Return whether a statement changes no number of a run that ends: a docstring, a check, ``if ...: raise``."""
+    if isinstance(node, ast.Expr):
+        value = node.value
+        if isinstance(value, ast.Call):
+            return _is_check(
+                value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+            )
+        return isinstance(value, ast.Constant) and isinstance(value.value, str)
+    if isinstance(node, ast.FunctionDef):
+        returned = (part.value for part in ast.walk(node) if isinstance(part, ast.Return))
+        return _is_check(node.name) and not any(returned)
+    return isinstance(node, ast.If) and not node.orelse and all(isinstance(part, ast.Raise) for part in node.body)
+
+
 class _WithoutRemarks(ast.NodeTransformer):
-    """Drops docstrings, and on which device tensors are made: the archive is made on one, the CPU."""
+    """Drops docstrings, errors, and on which device tensors are made: the archive is made on one, the CPU."""
 
     def visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                del body[0]
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                setattr(node, field, [statement for statement in statements if not _only_says(statement)])
         if isinstance(node, ast.Call):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "device"]
+        elif isinstance(node, ast.Raise):
+            node.exc = node.cause = None
+        elif isinstance(node, ast.ImportFrom):
+            node.names = [alias for alias in node.names if not _is_check(alias.name)]
         return node
 
 
 @functools.cache
 def _meaning(source: str) -> str:
-    """Return what decides the numbers: the syntax tree without comments, docstrings, devices and layout."""
+    """Return what decides the numbers: the syntax tree without comments, docstrings, errors, devices and layout."""
     return ast.dump(_WithoutRemarks().visit(ast.parse(textwrap.dedent(source))))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.manifolds import Manifold
-from subspace_meta.optimizers.base import Optimizer
+from subspace_meta.optimizers.base import Optimizer, check_order
 
 
 class AveragingState(NamedTuple):
@@ -70,6 +70,7 @@ class Averaging:
         value: Tensor | None = None,
     ) -> tuple[Params, AveragingState]:
         """Take one step of the method; see :meth:`subspace_meta.optimizers.base.Optimizer.update`."""
+        check_order(grads, params)
         moved, method = self.method.update(grads, state.method, params, value)
         step = state.step + 1
         weight = (self.power + 1) / (step + self.power)

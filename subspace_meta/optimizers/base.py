@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from subspace_meta._tracing import has_values, is_compiling
-from subspace_meta.geometry import Geometry, Params
+from subspace_meta.geometry import Geometry, Params, check_named
 from subspace_meta.manifolds import Manifold, Orthogonal, Rotations, Stiefel, StiefelCanonical
 
 # Manifolds whose points are all the matrices (or one component of them) with orthonormal columns.
@@ -105,6 +105,12 @@ def check_weight_dtype(weights: Mapping[str, Tensor], params: Mapping[str, Tenso
                 f"parameter {name!r} has dtype {value.dtype}, the weights have {dtype}; bring them to one, for "
                 "instance {name: value.to(dtype) for name, value in weights.items()}"
             )
+
+
+def check_order(grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Raise ``TypeError`` unless both are dicts: for methods that look at the state before them."""
+    check_named(grads, "gradient")
+    check_named(params)
 
 
 def check_start(geometry: Geometry, params: Mapping[str, Tensor]) -> None:

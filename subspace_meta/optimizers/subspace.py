@@ -23,6 +23,7 @@ from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.optimizers import guard
 from subspace_meta.optimizers.base import (
+    check_order,
     check_rate,
     check_start,
     check_weight_dtype,
@@ -151,6 +152,7 @@ class SubspaceOptimizer:
             ValueError: as of :meth:`update`; or a parameter has no memory of its own to be written (under a transform
                 or in a trace).
         """
+        check_order(grads, params)
         if not has_values(*params.values(), *grads.values()):
             raise ValueError("update_ writes into the parameters; under a transform or in a trace use update")
         moved, state = self._step(grads, state, params, value, in_place=True)
@@ -166,6 +168,7 @@ class SubspaceOptimizer:
         value: Tensor | None,
         in_place: bool,
     ) -> tuple[list[Tensor], Any]:
+        check_order(grads, params)
         watched = None
         if self.guarded:
             if value is None:

@@ -87,6 +87,11 @@ def inverse_root(s: Tensor) -> Tensor:
     return (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
 
 
+def identities(count: int, classes: int, n: int, device: torch.device) -> Params:
+    """Return the start of ``count`` tasks: identities ``(count, classes, n, n)``."""
+    return {"means": torch.eye(n, device=device).expand(count, classes, n, n)}
+
+
 def karcher_means(roots: Tensor, one_hot: Tensor, iterations: int = 50) -> Tensor:
     """Return the Karcher mean of each class by the fixed-point iteration of Moakher 2005, in float64.
 
@@ -163,11 +168,7 @@ class KarcherMeans(TaskFamily):
 
     def init(self, data: Data, generator: torch.Generator) -> Params:
         """Return identities."""
-        return {
-            "means": torch.eye(self.n, device=generator.device).expand(
-                len(data["reference"]), self.classes, self.n, self.n
-            )
-        }
+        return identities(len(data["reference"]), self.classes, self.n, generator.device)
 
 
 def _inverse_moment(a: Tensor, moment: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from subspace_meta.geometry import Geometry, Params
 from subspace_meta.manifolds import Manifold, Stiefel
 from subspace_meta.tasks.base import Batch, Data, Problem, TaskFamily, draw_rows, repeat
 from subspace_meta.tasks.classification import classification_problem
-from subspace_meta.tasks.covariances import inverse_root, karcher_loss, karcher_means, karcher_problem
+from subspace_meta.tasks.covariances import identities, inverse_root, karcher_loss, karcher_means, karcher_problem
 
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -219,11 +219,7 @@ class PlantedKarcherMeans(TaskFamily):
 
     def init(self, data: Data, generator: torch.Generator) -> Params:
         """Return identities."""
-        return {
-            "means": torch.eye(self.n, device=generator.device).expand(
-                len(data["reference"]), self.classes, self.n, self.n
-            )
-        }
+        return identities(len(data["reference"]), self.classes, self.n, generator.device)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,45 @@ def test_the_hash_looks_at_meaning_only():
     assert archive._meaning(made) != archive._meaning("x = torch.zeros(2, dtype=like.dtype)\n")
 
 
+CHECKED = """
+from a import b{imports}
+class M:
+    def f(self, x, names=()):
+        {first}
+        try:
+            y = b(x)
+        except KeyError as error:
+            raise {error}
+        return y
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"first": "check_named(x)"}, True),
+        ({"first": "self.check_shape(x)"}, True),
+        ({"first": "if x is None:\n            raise ValueError('x')"}, True),
+        ({"first": "def _check(x):\n            if x: return\n            raise ValueError"}, True),
+        ({"error": "ValueError(f'{x}') from error"}, True),
+        ({"imports": ", check_rate"}, True),
+        ({"first": "x = check_named(x)"}, False),
+        ({"first": "checked(x)"}, False),
+        ({"first": "x.add_(1)"}, False),
+        ({"first": "if x is None:\n            x = 0\n            raise ValueError('x')"}, False),
+        ({"first": "if x is None:\n            raise ValueError('x')\n        else:\n            x = 0"}, False),
+        ({"first": "def _check(x):\n            return x"}, False),
+        ({"imports": ", c"}, False),
+    ],
+)
+def test_the_hash_does_not_look_at_errors(change, same):
+    plain = {"imports": "", "first": "pass", "error": "ValueError"}
+    before, after = (
+        archive._meaning(CHECKED.format(**fields).replace("        pass\n", "")) for fields in (plain, plain | change)
+    )
+    assert (after == before) == same
+
+
 def test_methods_are_tuned_where_they_are_defined_only():
     rows = {task.row: task for task in evaluation_suite()}
     defined = {

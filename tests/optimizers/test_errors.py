@@ -45,7 +45,7 @@ def test_gradients_that_do_not_fit(make, grads, message):
 
 def orthonormal_problem():
     shapes = {"w": torch.empty(6, 2), "b": torch.empty(3)}
-    geometry = sm.Geometry.from_rules(shapes, {"*": sm.Stiefel()})
+    geometry = sm.Geometry.from_rules(shapes, dict.fromkeys(shapes, sm.Stiefel()))
     return geometry, geometry.initialize(torch.Generator().manual_seed(0))
 
 
@@ -112,3 +112,30 @@ def test_a_step_in_place_under_a_transform():
     state, grads = optimizer.init(params), {name: torch.ones_like(x)[None] for name, x in params.items()}
     with pytest.raises(ValueError, match=r"update_ writes into the parameters; under a transform .* use update"):
         torch.func.vmap(lambda g: optimizer.update_(g, state, params))(grads)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *MAKERS,
+        lambda geometry: sm.SubspaceOptimizer(geometry, sm.pretrained(), steps=5),
+        lambda geometry: sm.SubspaceOptimizer(geometry, sm.pretrained(), guarded=True),
+        lambda geometry: sm.Averaging(sm.RAdam(geometry, 0.1)),
+    ],
+)
+def test_arguments_in_another_order(make):
+    geometry, params = problem()
+    optimizer = make(geometry)
+    state, loss = optimizer.init(params), torch.tensor(1.0)
+    grads = {name: torch.ones_like(x) for name, x in params.items()}
+    kind = type(state).__name__
+    swapped_grads = rf"gradients are a dict, name -> tensor, got {kind}; update takes \(grads, state, params\)"
+    swapped_params = rf"parameters are a dict, name -> tensor, got {kind}; update takes"
+    for name in ("update", "update_"):
+        if update := getattr(optimizer, name, None):
+            with pytest.raises(TypeError, match=swapped_grads):
+                update(state, grads, params, loss)
+            with pytest.raises(TypeError, match=swapped_params):
+                update(grads, params, state, loss)
+    with pytest.raises(TypeError, match=swapped_params):
+        optimizer.init(state)
