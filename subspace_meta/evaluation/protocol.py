@@ -37,6 +37,7 @@ from subspace_meta.optimizers import (
     RAdGD,
     RDoG,
 )
+from subspace_meta.optimizers.averaging import hands_out_averages
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import TaskFamily
 from subspace_meta.tasks.placement import on_device
@@ -228,7 +229,7 @@ def evaluate_rates(
 ) -> Curves:
     """Run an optimizer with several learning rates and seeds side by side on one task.
 
-    What is measured are its iterates, or the averages that it hands out (:class:`~subspace_meta.optimizers.Averaging`).
+    What is measured are its iterates, or the averages that it hands out.
 
     Args:
         task: the task.
@@ -261,7 +262,7 @@ def evaluate_rates(
 
     def handed_out(lr: Tensor, params: Params, state: Any) -> Params:
         optimizer = make(geometry, lr)
-        if isinstance(optimizer, Averaging):
+        if hands_out_averages(optimizer):
             return optimizer.averaged(state)
         if feasible:
             return params

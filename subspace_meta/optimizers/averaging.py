@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -85,6 +85,18 @@ class Averaging:
         """
         groups = zip(self.geometry.groups, state.mean, strict=True)
         return self.geometry.scatter([_nearest(group.manifold, mean) for group, mean in groups])
+
+
+class Averaged(Protocol):
+    """An optimizer that hands out averages."""
+
+    def averaged(self, state: Any) -> Params:
+        """Return the average as parameters."""
+
+
+def hands_out_averages(optimizer: object) -> TypeGuard[Averaged]:
+    """Return whether what counts of an optimizer are not its iterates, but the averages ``optimizer.averaged(state)``."""
+    return isinstance(optimizer, Averaging) or bool(getattr(optimizer, "averaging", False))
 
 
 def _nearest(manifold: Manifold, mean: Tensor) -> Tensor:
