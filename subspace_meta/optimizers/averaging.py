@@ -95,7 +95,7 @@ class Averaged(Protocol):
 
 
 def hands_out_averages(optimizer: object) -> TypeGuard[Averaged]:
-    """Return whether what counts of an optimizer are not its iterates, but the averages ``optimizer.averaged(state)``."""
+    """Return whether what counts of an optimizer are averages, ``optimizer.averaged(state)``, not its iterates."""
     return isinstance(optimizer, Averaging) or bool(getattr(optimizer, "averaging", False))
 
 
