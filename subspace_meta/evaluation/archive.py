@@ -170,6 +170,15 @@ def _only_says(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and not node.orelse and all(isinstance(part, ast.Raise) for part in node.body)
 
 
+def _without_handlers(node: ast.stmt) -> list[ast.stmt]:
+    """Return what is tried, where only decompositions that fail are caught: that had ended the run of a cell before."""
+    if isinstance(node, ast.Try) and not node.orelse and not node.finalbody:
+        caught = [ast.unparse(handler.type) if handler.type else "" for handler in node.handlers]
+        if all(name == "torch.linalg.LinAlgError" for name in caught):
+            return node.body
+    return [node]
+
+
 class _WithoutRemarks(ast.NodeTransformer):
     """Drops docstrings, errors, and on which device tensors are made: the archive is made on one, the CPU."""
 
@@ -178,7 +187,8 @@ class _WithoutRemarks(ast.NodeTransformer):
         for field in ("body", "orelse", "finalbody"):
             statements = getattr(node, field, None)
             if isinstance(statements, list):
-                setattr(node, field, [statement for statement in statements if not _only_says(statement)])
+                kept = (part for statement in statements for part in _without_handlers(statement))
+                setattr(node, field, [statement for statement in kept if not _only_says(statement)])
         if isinstance(node, ast.Call):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "device"]
         elif isinstance(node, ast.Raise):

@@ -96,7 +96,10 @@ class Rotations(Manifold):
     def nearest(self, x: Tensor) -> Tensor:
         """Return the nearest rotation: the polar factor, its weakest direction turned over if the determinant asks."""
         self.check_shape(x.shape)
-        u, _, vh = torch.linalg.svd(x)
+        try:
+            u, _, vh = torch.linalg.svd(x)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # as of nearest_orthonormal
+            u, _, vh = (part.to(x.dtype) for part in torch.linalg.svd(x.double()))
         nearest: Tensor = _flip_last_column(u, torch.linalg.det(u) * torch.linalg.det(vh)) @ vh
         return nearest
 

@@ -55,7 +55,11 @@ def nearest_orthonormal(x: Tensor) -> Tensor:
 
     Rows of zeros (an embedding's padding) stay exactly so where the others have rank p, as they do without rounding.
     """
-    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    try:
+        u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    # LAPACK gives up on some float32 matrices whose singular values are all near 1.
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        u, values, vh = (part.to(x.dtype) for part in torch.linalg.svd(x.double(), full_matrices=False))
     nearest: Tensor = u @ vh
     full = values[..., -1:] > x.shape[-2] * torch.finfo(x.dtype).eps * values[..., :1]
     zero = full & (x == 0).all(dim=-1)

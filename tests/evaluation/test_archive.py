@@ -149,6 +149,13 @@ def test_the_hash_does_not_look_at_errors(change, same):
     assert (after == before) == same
 
 
+def test_the_hash_does_not_look_at_what_is_done_where_a_decomposition_fails():
+    plain = "def f(x):\n    y = svd(x)\n    return y\n"
+    mended = "def f(x):\n    try:\n        y = svd(x)\n    except {}:\n        y = svd(x.double())\n    return y\n"
+    assert archive._meaning(plain) == archive._meaning(mended.format("torch.linalg.LinAlgError"))
+    assert archive._meaning(plain) != archive._meaning(mended.format("ValueError"))
+
+
 def test_methods_are_tuned_where_they_are_defined_only():
     rows = {task.row: task for task in evaluation_suite()}
     defined = {

@@ -355,3 +355,23 @@ def test_random_points_are_uniform():
     wishart = SPD().random_point((20_000, 3, 3), seeded(), torch.float64)
     close(wishart.mean(dim=0), torch.eye(3, dtype=torch.float64), 0.02)
     assert SPD().violation(wishart).max() == 0
+
+
+@pytest.mark.parametrize("manifold", [Stiefel(), Grassmann(), Rotations()], ids=lambda m: m.name)
+def test_a_decomposition_that_fails_in_float32_is_done_in_float64(manifold, monkeypatch):
+    """LAPACK's divide and conquer gives up on some matrices that are almost orthonormal (seen at 784 x 128)."""
+    x = manifold.random_point((2, 4, 4), seeded(0)) + 0.01
+    expected, svd, failed = manifold.nearest(x), torch.linalg.svd, []
+
+    def failing(a, full_matrices=True):
+        if a.dtype == torch.float32:
+            failed.append(a)
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return svd(a, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    found = manifold.nearest(x)
+    assert failed
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.func.vmap(manifold.nearest)(x), expected, rtol=0, atol=2e-6)
