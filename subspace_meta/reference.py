@@ -2,9 +2,9 @@
 
 Source: Yu, Wu, Gao, Fan, Jia, "Large-Scale Riemannian Meta-Optimization via Subspace Adaptation", arXiv 2501.15235,
 for preset ``paper``; preset ``base`` is described in ``subspace_meta/adapter/base.py``. Nothing is shared with the fast
-path but the manifolds' projections, gradients and transports: no packing, no groups, no batch, and retractions by the
-textbook (Householder QR, SVD). Steps are not shortened here, so the two agree for steps within the bound of the fast
-path's retraction. Slow on purpose, and not to be differentiated (SVD).
+path but the manifolds' projections, gradients, transports and logarithms: no packing, no groups, no batch, and
+retractions by the textbook (Householder QR, SVD). Steps are not shortened here, so the two agree for steps within the
+bound of the fast path's retraction. Slow on purpose, and not to be differentiated (SVD).
 
 Notation: R the Riemannian gradient, M its running mean, d rows, p columns; a *coordinate* is a row or a column; l and k
 are the row and column scales.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_meta.manifolds import Euclidean, Grassmann, Manifold, PolarNewtonSchulz, Stiefel
+from subspace_meta.manifolds import SPD, Euclidean, Grassmann, Manifold, PolarNewtonSchulz, Stiefel
 
 RATIO_FLOOR = 1e-6
 ZERO_GUARD = 1e-30
@@ -52,6 +52,8 @@ class ReferenceState:
     rate: float = 0.0  # logarithm of the learning rate
     turn: float = 0.0  # cosine of the gradient and the momentum before it
     along: float = 0.0  # mean product of the gradient and the momentum
+    noise: float = 0.0  # how much there seems to be
+    average: Tensor | None = None  # (d, p), of the iterates, a point; None: none is handed out
     rows: tuple[Coordinate, ...] = field(default=())
     columns: tuple[Coordinate, ...] = field(default=())
 
@@ -64,6 +66,7 @@ def reference_step(
     gradient: Tensor,
     state: ReferenceState | None = None,
     steps: int = 0,
+    averaging: bool = False,
     **settings: Any,
 ) -> tuple[Tensor, ReferenceState]:
     """Take one step with one matrix.
@@ -76,6 +79,7 @@ def reference_step(
         gradient: the Euclidean gradient at ``x``, ``(d, p)``.
         state: what the last step returned; ``None`` at the start.
         steps: how many steps there will be, for preset ``"base"``; 0: as the state says.
+        averaging: from the start, for preset ``"base"``: averages are handed out.
         settings: settings of the preset's adapter that are not the default, by its names.
 
     Returns:
@@ -93,6 +97,7 @@ def reference_step(
     d, p = x.shape
     if state is None:
         state = ReferenceState(momentum=torch.zeros_like(x), rows=(Coordinate(),) * d, columns=(Coordinate(),) * p)
+        state = replace(state, average=x.clone() if averaging else None)
     if steps:
         state = replace(state, budget=steps)
     assert state.momentum is not None
@@ -106,7 +111,12 @@ def reference_step(
     assert state.momentum is not None
     y = _retract(manifold, x, manifold.project(x, manifold.from_coordinates(x, update)))
     carried = manifold.transport(x, y, manifold.from_coordinates(x, state.momentum))
-    return y, replace(state, momentum=carried)
+    average = state.average
+    if average is not None:  # polynomial decay where there is noise, the iterate itself where there is none
+        newest = 1 - state.noise + state.noise * 4 / (state.step + 3)
+        back = manifold.log(y, average) if isinstance(manifold, SPD) else manifold.project(y, average - y)
+        average = _retract(manifold, y, (1 - newest) * back)
+    return y, replace(state, momentum=carried, average=average)
 
 
 def _retract(manifold: Manifold, x: Tensor, tangent: Tensor) -> Tensor:
@@ -195,6 +205,17 @@ def _base(
         state.rate / 4,
         *budget,
     ]
+    # Noise, where averages are handed out: from these and from what the network remembered before.
+    noise = 0.0
+    if state.average is not None:
+        evidence = float(theta["noise.bias"]) + sum(
+            w * c for w, c in zip(theta["noise.skip"].tolist(), context, strict=True)
+        )
+        for side, of_side in enumerate((state.rows, state.columns)):
+            remembered = [float(theta["noise.hidden"][side] @ c.hidden[0]) for c in of_side if c.hidden]
+            evidence += sum(remembered) / len(of_side)
+        noise = _sigmoid(10 * evidence)
+    context.append(noise)
 
     scales, outputs, coordinates = [], [], []
     for n in range(d + p):
@@ -249,13 +270,14 @@ def _base(
         math.log(mass) if momentum_decay else 0.0,
         0.5 * math.log(1 - slow_decay**t),
         math.log(left),
+        noise * math.log(t),
     ]
     powers = sum(w * g for w, g in zip(theta["length.gauge"].tolist(), gauges, strict=True))
     length = 4.0 * _sigmoid(float(theta["length.bias"]) + skipped("length.skip") + pooled(1) + rate + powers)
     direction = _unit(direction, spent)
     direction = _unit((1 - share) * direction + share * _unit(_orthonormal(direction)), missing)
     rows, columns = tuple(coordinates[:d]), tuple(coordinates[d:])
-    of_matrix = (peak, first, mass, damping, rate, turn, mean_agreement)
+    of_matrix = (peak, first, mass, damping, rate, turn, mean_agreement, noise, state.average)
     return -length * direction, ReferenceState(t, state.budget, momentum, *of_matrix, rows, columns)
 
 

@@ -3,7 +3,11 @@
     statistics   row and column means of R*R, M*M and R*M (M: momentum), two running averages of the first
     features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time; the cosine
                  of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate;
-                 what share of the steps is done, where their number is known
+                 what share of the steps is done, where their number is known; how much noise there seems to be
+    noise        where averages are handed out: a number from 0 to 1 for each matrix, a steep sigmoid of the matrix's
+                 other features and of what the network remembers
+    average      Y <- Retr_X(s P_X(Y - X)) after each step to X, s = noise (t - 1)/(t + 3): X itself where there is no
+                 noise, otherwise it looks back over a quarter of the steps; on SPD with the logarithm for P_X(Y - X)
     network      one LSTM over all coordinates, a head for rows and a head for columns
     momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, the sigmoid of a weighted
                  sum of the matrix's features in the step before
@@ -12,7 +16,7 @@
                  RATE / (1 + t/settling), so within a doubling of the time by a bounded factor, at any age
     gauges       logarithms without a floor: of |D| over the largest size of R so far, of that over the first, of t,
                  of the momentum's and of the slow mean's mass (1 - decay^t for a constant decay), of the share of
-                 steps that is left where their number is known
+                 steps that is left where their number is known, of t to the power of the noise
     length       each column moves by eta in (0, LONGEST) on average: the update is -eta D with
                  eta = LONGEST sigmoid(... + rho + powers of the gauges)
 
@@ -57,13 +61,15 @@ from subspace_meta.adapter.spectral import spectral_direction
 
 COORDINATE_FEATURES = 5  # log energies relative to the matrix: gradient, fast, slow, momentum; cosine of R and old M
 # momentum/fast, fast/slow, gradient/fast, fast/peak; three of time; turn, last turn, bend; rate; four of the budget
-CONTEXT_FEATURES = 15
-BUDGET_FEATURES = 4  # the last ones of these
+CONTEXT_FEATURES = 16  # and the noise
+BUDGET_FEATURES = slice(11, 15)  # of these
 FEATURES = COORDINATE_FEATURES + CONTEXT_FEATURES + 1  # and +1 on rows, -1 on columns
 OUTPUTS = 5  # log scale; over a matrix: length, mix, rate, share of the orthonormal factor
-GAUGES = 6  # direction/peak, peak/first, t, mass of the momentum, mass of the slow mean, share of steps left
+GAUGES = 7  # direction/peak, peak/first, t, masses of momentum and slow mean, share of steps left, t^noise
 
 LONGEST = 4.0  # the mean column motion of a step is shorter
+NOISE_SLOPE = 10.0  # of the sigmoid: noise is there or not, and a step of Adam is to matter
+AVERAGE_POWER = 3.0  # of the polynomial decay of averages (Shamir and Zhang, ICML 2013)
 RATE = 0.7  # largest change of the log rate in one early step
 RATE_BOUNDS = (-14.0, 5.0)
 SPENT = 1e-20  # energy of a direction, relative to the gradient's largest, below which it points nowhere any more
@@ -87,6 +93,8 @@ class BaseState(NamedTuple):
     rate: Tensor  # (B,), logarithm of the learning rate
     turn: Tensor  # (B,), last cosine of gradient and momentum before it
     along: Tensor  # (B,), last mean product of gradient and momentum
+    noise: Tensor  # (B,), how much there seems to be, from 0 to 1; 0 where no averages are handed out
+    average: tuple[Tensor, ...]  # per group (..., d, p), of the iterates, a point; empty where none is handed out
     hidden: Tensor  # (H, N)
     cell: Tensor  # (H, N)
 
@@ -127,6 +135,9 @@ class BaseAdapter:
             "length.gauge": (GAUGES,),
             "length.bias": (),
             "rate.skip": (CONTEXT_FEATURES,),
+            "noise.skip": (CONTEXT_FEATURES - 1,),
+            "noise.hidden": (2, self.hidden),  # for rows and for columns
+            "noise.bias": (),
         }
         if self.momentum_decay:
             shapes.update({"mix.bias": (), "decay.skip": (CONTEXT_FEATURES,), "decay.bias": ()})
@@ -148,6 +159,7 @@ class BaseAdapter:
         weights["length.gauge"][5] = 0.7  # and towards the end, if it is known
         weights["rate.skip"][7] = 0.2
         weights["length.bias"] -= 3.5
+        weights["noise.bias"] -= 0.2
         if self.spectral:
             weights["spectral.bias"] -= 2.0
         if self.momentum_decay:
@@ -155,8 +167,8 @@ class BaseAdapter:
             weights["decay.bias"] += math.log(self.momentum_decay / (1 - self.momentum_decay))
         return weights
 
-    def init(self, layout: Layout, points: Sequence[Tensor]) -> BaseState:
-        """Return the state at the start, for points of the layout's shapes."""
+    def init(self, layout: Layout, points: Sequence[Tensor], averaging: bool = False) -> BaseState:
+        """Return the state at the start, for points of the layout's shapes; with averages, if they are wanted."""
         like = points[0]
         coordinates = layout.rows + layout.columns
         return BaseState(
@@ -172,6 +184,8 @@ class BaseAdapter:
             rate=like.new_zeros(layout.matrices),
             turn=like.new_zeros(layout.matrices),
             along=like.new_zeros(layout.matrices),
+            noise=like.new_zeros(layout.matrices),
+            average=tuple(x.clone() for x in points) if averaging else (),
             hidden=like.new_zeros(self.hidden, coordinates),
             cell=like.new_zeros(self.hidden, coordinates),
         )
@@ -193,10 +207,26 @@ class BaseAdapter:
 
         Those that were trained before it was a feature have zeros in its places.
         """
-        context = slice(CONTEXT_FEATURES - BUDGET_FEATURES, CONTEXT_FEATURES)
-        inputs = weights["lstm.weight"][:, COORDINATE_FEATURES:][:, context]
-        skips = [weights[name][context] for name in ("length.skip", "rate.skip", "decay.skip") if name in weights]
+        inputs = weights["lstm.weight"][:, COORDINATE_FEATURES:][:, BUDGET_FEATURES]
+        skips = [
+            weights[name][BUDGET_FEATURES] for name in ("length.skip", "rate.skip", "decay.skip") if name in weights
+        ]
         return any(bool(used.any()) for used in (inputs, *skips, weights["length.gauge"][5]))
+
+    def kept_share(self, state: BaseState) -> Tensor:
+        """Return how much of the average before a step stays in the one after it, ``(B,)``.
+
+        Where there is noise, polynomial decay (Shamir and Zhang, ICML 2013, section 4); nothing where there is none.
+        """
+        return state.noise * (state.step - 1) / (state.step + AVERAGE_POWER)
+
+    def sees_noise(self, weights: Mapping[str, Tensor]) -> bool:
+        """Return whether averages are anything else than the iterates with these weights.
+
+        Those that were trained without averages say that there is no noise, whatever they see.
+        """
+        seen = weights["noise.skip"].any() | weights["noise.hidden"].any()
+        return bool(seen | (weights["noise.bias"] > -0.5))
 
     def __call__(
         self,
@@ -257,7 +287,7 @@ class BaseAdapter:
         small = 1e-3 * (matrix[0] + TINY).sqrt() * (matrix[3] + TINY).sqrt()
         bend = (matrix[5] - state.along) / (matrix[5].abs() + state.along.abs() + small)
         share_done, log_left = budget(state.step, state.budget)
-        context = torch.stack(
+        seen = torch.stack(
             [
                 log_ratio(matrix[3], matrix[1]),
                 log_ratio(matrix[1], matrix[2]),
@@ -268,9 +298,11 @@ class BaseAdapter:
                 state.turn,
                 bend,
                 0.25 * state.rate,
-                *share_done[:, None].expand(BUDGET_FEATURES, layout.matrices),
+                *share_done[:, None].expand(len(share_done), layout.matrices),
             ]
         )
+        noise = self._noise(weights, state, seen, layout) if state.average else state.noise
+        context = torch.cat([seen, noise[None]])
         inputs = Inputs(packed[:4], matrix[:4], cosine(product, energy, before)[None], context)
         network = Network(*(weights[name] for name in NETWORK))
         output, hidden, cell = lstm_cell(network, inputs, state.hidden, state.cell, layout, in_place)
@@ -298,6 +330,7 @@ class BaseAdapter:
                 torch.log(mass) if momentum else torch.zeros_like(peak),
                 0.5 * torch.log(1 - self.slow_decay**step).expand_as(peak),
                 log_left.expand_as(peak),
+                noise * torch.log(step),
             ]
         )
         powers = (weights["length.gauge"][:, None] * gauges).sum(dim=0)
@@ -312,8 +345,18 @@ class BaseAdapter:
             part[..., None, None] for part in layout.per_group(-length / (squares + TINY).sqrt())
         ]
         damping = skip("decay.skip") if momentum else state.damping
-        of_matrices = (peak, first, mass, damping, rate, turn, matrix[4])
-        return scaled, factors, BaseState(step, state.budget, tuple(momentum), fast, slow, *of_matrices, hidden, cell)
+        of_matrices = (peak, first, mass, damping, rate, turn, matrix[4], noise)
+        kept = (*of_matrices, state.average, hidden, cell)
+        return scaled, factors, BaseState(step, state.budget, tuple(momentum), fast, slow, *kept)
+
+    @staticmethod
+    def _noise(weights: Mapping[str, Tensor], state: BaseState, seen: Tensor, layout: Layout) -> Tensor:
+        """Return how much noise there seems to be in each matrix, ``(B,)``; the network's memory is a step old."""
+        of_rows, of_columns = weights["noise.hidden"][:1], weights["noise.hidden"][1:]
+        remembered = row_means(of_rows @ state.hidden[:, : layout.rows], layout)
+        remembered = remembered + column_means(of_columns @ state.hidden[:, layout.rows :], layout)
+        evidence = weights["noise.bias"] + (weights["noise.skip"][:, None] * seen).sum(dim=0) + remembered[0]
+        return torch.sigmoid(NOISE_SLOPE * evidence)
 
     @staticmethod
     def _rows(layout: Layout, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from subspace_meta import live
+from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.checkpoint import load_weights, write_atomically
 from subspace_meta.cli.common import (
     WIDE,
@@ -41,6 +42,10 @@ def evaluate_command(
     optimizer: Annotated[
         str, typer.Option(help="Instead: package.module:factory, a function of a Geometry that returns an optimizer.")
     ] = "",
+    averages: Annotated[
+        bool,
+        typer.Option("--averages", help="Judge the averages of its iterates that the learned optimizer hands out."),
+    ] = False,
     suite: Annotated[
         str,
         typer.Option(
@@ -66,8 +71,12 @@ def evaluate_command(
     torch.set_num_threads(threads)
     if weights is not None and optimizer:
         raise UsageError("give --weights or --optimizer, not both")
+    if averages and optimizer:
+        raise UsageError(
+            "--averages are those of the learned optimizer; sm.Averaging(method) hands out those of another"
+        )
     where = device_named(device)
-    name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer, where)
+    name, make = _chosen_optimizer(weights or FOLDER / RELEASES["base"], optimizer, averages, where)
     chosen = chosen_tasks(suite, tasks, own)
     if suite == "test":
         console.print(TEST_RULE)
@@ -115,10 +124,13 @@ def evaluate_command(
         raise typer.Exit(1)
 
 
-def _chosen_optimizer(weights: Path, optimizer: str, device: torch.device) -> tuple[str, Any]:
+def _chosen_optimizer(weights: Path, optimizer: str, averages: bool, device: torch.device) -> tuple[str, Any]:
     """Return name and factory of what is evaluated."""
     if optimizer:
         return optimizer, imported(optimizer, "optimizer")
     theta, adapter = load_weights(weights)
+    if averages and not isinstance(adapter, BaseAdapter):
+        raise UsageError(f"preset {adapter.name!r} makes no averages; leave --averages away")
     theta = moved(theta, device)
-    return weights.stem, lambda geometry: SubspaceOptimizer(geometry, theta, adapter)
+    name = f"{weights.stem}, averages" if averages else weights.stem
+    return name, lambda geometry: SubspaceOptimizer(geometry, theta, adapter, averaging=averages)

@@ -3,8 +3,9 @@
 Tasks run side by side and share the meta-parameters, so one NaN among them would spoil the sum; and a cotangent of zero
 does not help, since zero times NaN is NaN. Where a task is spoiled, going forward or back, the segment is run again
 with the parameters and data of a good task in its place, which count for nothing. That costs a second run, and only
-then. The optimizer's state stays, since it was finite; one that overflowed within the segment shows in the next. What
-cannot be told apart by task is never handed out: then the whole segment is lost, and the gradient is NaN.
+then. The optimizer's state stays, since it was finite (but for averages of parameters, which go with these); one that
+overflowed within the segment shows in the next. What cannot be told apart by task is never handed out: then the whole
+segment is lost, and the gradient is NaN.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def segment_gradient(
         start, window, measured = carry, batches, data
         if spoiled.any():
             source = torch.where(spoiled, own[~spoiled][0], own)
-            start = Carry({name: value[source] for name, value in carry.params.items()}, carry.state)
+            start = _taken_from(loop, carry, source)
             window = {name: value[:, source] for name, value in batches.items()}
             measured = {name: value[source] for name, value in data.items()}
         trace = run(loop, theta, start, window, measured)
@@ -97,6 +98,16 @@ def segment_gradient(
         if not everywhere((~spoiled).any()):
             break
     return _lost(theta, trace, own)
+
+
+def _taken_from(loop: InnerLoop, carry: Carry, source: Tensor) -> Carry:
+    """Return the carry with the parameters of the tasks ``source``, ``(tasks,)``, and what is an average of them."""
+    geometry, state = loop.problem.geometry.stacked(len(source)), carry.state
+    if getattr(state, "average", ()):
+        averages = geometry.scatter(state.average)
+        taken = geometry.gather({name: value[source] for name, value in averages.items()})
+        state = state._replace(average=tuple(taken))
+    return Carry({name: value[source] for name, value in carry.params.items()}, state)
 
 
 def _finite(tree: dict[str, Tensor]) -> Tensor:

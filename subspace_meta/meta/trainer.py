@@ -52,10 +52,11 @@ class PresetOptimizer:
     """Makes the learned optimizer of a preset; equal ones share compiled inner loops."""
 
     preset: str = "base"
+    averaging: bool = False
 
     def __call__(self, geometry: Geometry, theta: Weights) -> SubspaceOptimizer:
         """Return the optimizer with the meta-parameters ``theta``."""
-        return SubspaceOptimizer(geometry, theta, self.preset)
+        return SubspaceOptimizer(geometry, theta, self.preset, averaging=self.averaging)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class TrainSettings:
         horizon: shortest and longest inner loop, in steps; drawn log-uniformly.
         told: share of inner loops whose optimizer is told their number of steps, and whose outer loss counts mostly at
             the end: half of it as ever, half in proportion to (t / steps)^7.
+        averaged: share of inner loops whose optimizer hands out averages, which then count in the outer loss.
         lr: outer learning rate at its peak; cosine decay to zero after a linear warm-up.
         restart: outer step at which the learning rate starts again, at half its peak, to decay to zero a second time
             (Loshchilov and Hutter, "SGDR", ICLR 2017); ``None``: never.
@@ -124,6 +126,7 @@ class TrainSettings:
     longest: int | None = None
     horizon: tuple[int, int] = (40, 400)
     told: float = 0.0
+    averaged: float = 0.0
     lr: float = 3e-3
     restart: int | None = None
     warmup: int = 10
@@ -143,12 +146,15 @@ class TrainSettings:
             raise ValueError(f"the restart must be one of {self.outer_steps} outer steps, got {self.restart}")
         if self.seconds is not None and not 0.0 < self.seconds < math.inf:
             raise ValueError(f"seconds must be positive and finite, or None, got {self.seconds}")
-        if not 0.0 <= self.told <= 1.0:
-            raise ValueError(f"told is a share, from 0 to 1, got {self.told}")
+        for name, share in (("told", self.told), ("averaged", self.averaged)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} is a share, from 0 to 1, got {share}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset {self.preset!r} is unknown; there are {', '.join(PRESETS)}")
         if self.told and not isinstance(PRESETS[self.preset], BaseAdapter):
             raise ValueError(f"preset {self.preset!r} plans for no number of steps; told must be 0, got {self.told}")
+        if self.averaged and not isinstance(PRESETS[self.preset], BaseAdapter):
+            raise ValueError(f"preset {self.preset!r} makes no averages; averaged must be 0, got {self.averaged}")
 
     @property
     def longest_segment(self) -> int:
@@ -184,9 +190,11 @@ class _Stream:
     families: tuple[TaskFamily, ...]  # those of the settings, on the device
     part: slice  # this process's tasks
     loops: tuple[InnerLoop, ...]  # one a family
+    averaging_loops: tuple[InnerLoop, ...]  # the same with an optimizer that hands out averages
     index: int = 0  # of the family that is running
     horizon: int = 0
     told: bool = False
+    averaging: bool = False
     age: int = 0
     data: Data | None = None
     carry: Carry | None = None
@@ -194,7 +202,7 @@ class _Stream:
 
     @property
     def loop(self) -> InnerLoop:
-        return self.loops[self.index]
+        return (self.averaging_loops if self.averaging else self.loops)[self.index]
 
     @property
     def family(self) -> TaskFamily:
@@ -261,6 +269,7 @@ class Trainer:
                 tuple(on_device(family, self.device) for family in s.families),
                 self.processes.part(s.tasks),
                 tuple(self._loop(s, family) for family in s.families),
+                tuple(self._loop(s, family, averaging=True) for family in s.families),
             )
             for s in settings.streams
         ]
@@ -271,10 +280,10 @@ class Trainer:
             return self.generator
         return torch.Generator(self.device).manual_seed((self.settings.seed * 2**32 + outer_step) % 2**63)
 
-    def _loop(self, stream: StreamSettings, family: TaskFamily) -> InnerLoop:
+    def _loop(self, stream: StreamSettings, family: TaskFamily, averaging: bool = False) -> InnerLoop:
         return InnerLoop(
             family.problem,
-            PresetOptimizer(self.settings.preset),
+            PresetOptimizer(self.settings.preset, averaging),
             # Segments are short: all their residuals fit, and nothing is run twice.
             interval=self.settings.segment,
             kept=-(-self._longest(stream) // self.settings.segment),
@@ -287,14 +296,18 @@ class Trainer:
         """Return the length of the longest segment of a stream."""
         return stream.segment or self.settings.longest_segment
 
-    def _restart(self, stream: _Stream, index: int | None = None) -> None:
-        """Draw a family unless its index is given, new tasks, starting points and a horizon."""
-        if index is None:
-            index = int(torch.randint(len(stream.loops), (), generator=self.generator, device=self.generator.device))
-        stream.index = index
+    def _restart(self, stream: _Stream, saved: Mapping[str, Any] | None = None) -> None:
+        """Draw a family and whether averages count, unless they are given, new tasks, starting points and a horizon."""
+        if saved is None:
+            stream.index = int(
+                torch.randint(len(stream.loops), (), generator=self.generator, device=self.generator.device)
+            )
+            stream.averaging = bool(self.settings.averaged) and self._chance() < self.settings.averaged
+        else:
+            stream.index, stream.averaging = saved["family"], saved["averaging"]
         family = stream.family
         low, high = self.settings.horizon
-        drawn = low * (high / low) ** float(torch.rand((), generator=self.generator, device=self.generator.device))
+        drawn = low * (high / low) ** self._chance()
         stream.horizon = self.settings.segment * max(1, round(drawn / self.settings.segment))
         stream.age = 0
         stream.data = family.draw(self.generator, stream.settings.tasks)
@@ -303,10 +316,13 @@ class Trainer:
         stream.initial = stream.loop.objective(params, family.measured(stream.data))
         adapter = PRESETS[self.settings.preset]
         if self.settings.told and isinstance(adapter, BaseAdapter):
-            told = torch.rand((), generator=self.generator, device=self.generator.device)
-            stream.told = float(told) < self.settings.told
+            stream.told = self._chance() < self.settings.told
             if stream.told:
                 stream.carry = stream.carry._replace(state=adapter.with_budget(stream.carry.state, stream.horizon))
+
+    def _chance(self) -> float:
+        """Draw a number from 0 to 1."""
+        return float(torch.rand((), generator=self.generator, device=self.generator.device))
 
     @property
     def position(self) -> int:
@@ -461,6 +477,7 @@ class Trainer:
                     "horizon": stream.horizon,
                     "age": stream.age,
                     "told": stream.told,
+                    "averaging": stream.averaging,
                     "running": running,
                 }
             )
@@ -512,7 +529,7 @@ class Trainer:
             if not saved["running"]:
                 continue
             # A fresh start gives the structure of the trees; its numbers are replaced.
-            self._restart(stream, saved["family"])
+            self._restart(stream, saved)
             shared, own = f"stream{i}", f"stream{i}/rank{self.processes.rank}"
             stream.data, stream.initial = _restored((stream.data, stream.initial), tensors, shared)
             stream.carry = _restored(stream.carry, tensors, own)
@@ -536,6 +553,7 @@ class Trainer:
             "longest": settings.longest,
             "horizon": list(settings.horizon),
             "told": settings.told,
+            "averaged": settings.averaged,
             "lr": settings.lr,
             "restart": settings.restart,
             "warmup": settings.warmup,

@@ -33,6 +33,7 @@ from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry, Params
 from subspace_meta.meta.compiling import compile_block
 from subspace_meta.meta.distributed import alone
+from subspace_meta.optimizers.averaging import hands_out_averages
 from subspace_meta.optimizers.base import Optimizer
 from subspace_meta.tasks.base import Batch, Data, Problem
 
@@ -89,7 +90,10 @@ class InnerLoop:
         return _contiguous(Carry(dict(params), optimizer.init(params)))
 
     def step(self, theta: Weights, carry: Carry, batch: Batch, data: Data) -> tuple[Carry, Tensor]:
-        """Take one step on all tasks; return the carry and the objectives after it, ``(tasks,)``."""
+        """Take one step on all tasks; return the carry and the objectives after it, ``(tasks,)``.
+
+        They are those of what the optimizer hands out: its iterates, or averages of them.
+        """
         return _step(self, self.problem.geometry.stacked(_leading(carry.params)), theta, carry, batch, data)
 
     def objective(self, params: Params, data: Data) -> Tensor:
@@ -180,8 +184,10 @@ def _step(
     grads, values = torch.func.vmap(torch.func.grad_and_value(loop.problem.loss))(carry.params, batch)
     if loop.first_order:
         grads = {name: grad.detach() for name, grad in grads.items()}
-    params, state = loop.make_optimizer(geometry, theta).update(grads, carry.state, carry.params, values)
-    return Carry(params, state), loop.objective(params, data)
+    optimizer = loop.make_optimizer(geometry, theta)
+    params, state = optimizer.update(grads, carry.state, carry.params, values)
+    handed_out = optimizer.averaged(state) if hands_out_averages(optimizer) else params
+    return Carry(params, state), loop.objective(handed_out, data)
 
 
 @functools.cache

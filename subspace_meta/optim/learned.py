@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -15,7 +16,7 @@ from torch.nn import Module
 from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.geometry import Geometry
-from subspace_meta.optim import construction
+from subspace_meta.optim import construction, ranks, sharding
 from subspace_meta.optim.contents import Others, Rules
 from subspace_meta.optim.messages import callers_level
 from subspace_meta.optim.options import refuse_unknown
@@ -55,9 +56,11 @@ class SubspaceMeta(Riemannian):
         guarded: see ``SubspaceOptimizer``; needs the loss, ``step(closure)`` or ``step(loss=loss)``.
         steps: how many steps there will be, if that is known; see ``SubspaceOptimizer``. No schedule is needed then for
             the parameters on manifolds; those of ``others`` have none.
+        averaging: keep averages of the iterates; :meth:`averaged` puts them into the model. See ``SubspaceOptimizer``.
 
     Warns:
-        UserWarning: ``steps`` is given, and the weights do not look at it, as those of ``light``.
+        UserWarning: ``steps`` or ``averaging`` is given, and the weights were not trained with it, as those of
+            ``light``.
 
     Raises:
         ValueError: see :class:`Riemannian`; or the weights are not the preset's. Also for an argument that there is
@@ -74,6 +77,7 @@ class SubspaceMeta(Riemannian):
         preset: str | Adapter = "base",
         guarded: bool = False,
         steps: int | None = None,
+        averaging: bool = False,
         others: Others | None = torch.optim.AdamW,
         project: bool = True,
         check_gradients: bool = True,
@@ -89,7 +93,7 @@ class SubspaceMeta(Riemannian):
         check_weights_kind(weights)
         make = MakeLearned(dict(weights), preset)
         chosen = construction.settings_of(make, rules, others, project, check_gradients, non_finite)
-        self._set_up(params, chosen, {"lr": lr, "guarded": guarded, "steps": steps})
+        self._set_up(params, chosen, {"lr": lr, "guarded": guarded, "steps": steps, "averaging": averaging})
         adapter = PRESETS[preset] if isinstance(preset, str) else preset
         if steps is not None and isinstance(adapter, BaseAdapter) and not adapter.sees_budget(weights):
             warnings.warn(
@@ -97,3 +101,43 @@ class SubspaceMeta(Riemannian):
                 UserWarning,
                 stacklevel=callers_level(),
             )
+        if averaging and isinstance(adapter, BaseAdapter) and not adapter.sees_noise(weights):
+            warnings.warn(
+                "these weights were not trained with averages, and hand out the iterates: leave averaging away; "
+                "torch.optim.swa_utils.AveragedModel averages anything",
+                UserWarning,
+                stacklevel=callers_level(),
+            )
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages of the iterates into the model, for evaluation; at the end the iterates are there again.
+
+        Those are the averages of the parameters that the learned optimizer steps and that have had a gradient; the
+        others stay as they are. What the model itself collects while it runs, as batch normalization does, belongs to
+        the iterates: ``torch.optim.swa_utils.update_bn`` collects it for the averages. Of parameters that are split
+        over ranks all ranks have to call this.
+
+        Raises:
+            ValueError: the optimizer keeps none (``averaging=True`` at construction), or they are in the model already.
+
+        Example:
+            >>> with optimizer.averaged():  # doctest: +SKIP
+            ...     accuracy = evaluate(model)
+        """
+        if self._iterates is not None:
+            raise ValueError("the averages are in the model already")
+        contents = self._contents()
+        if not any(own.options["averaging"] for own in contents.own):
+            raise ValueError("there are no averages: make the optimizer with averaging=True")
+        members = {name: sharding.local(p.detach()) for name, p in contents.members.items()}
+        averages = ranks.averages(contents)
+        self._iterates = {name: members[name].clone() for name in averages}
+        try:
+            for name, average in averages.items():
+                members[name].copy_(average)
+            yield
+        finally:
+            for name, iterate in self._iterates.items():
+                members[name].copy_(iterate)
+            self._iterates = None

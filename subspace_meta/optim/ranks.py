@@ -64,6 +64,18 @@ def wholes(contents: Contents) -> dict[str, Tensor]:
     return {name: found.get(name, p) for name, p in here.items() if name not in pieces or name in found}
 
 
+@torch.no_grad()
+def averages(contents: Contents) -> dict[str, Tensor]:
+    """Return the averages that the optimizers of the parameters hand out, as far as these are on this rank."""
+    found: dict[str, Tensor] = {}
+    pieces: dict[str, sharding.Piece] = {}
+    for group in (own.group for own in contents.own if own.options["averaging"]):
+        for cohort in group.cohorts:
+            found.update(cohort.optimizer.averaged(cohort.state))
+        pieces.update({name: piece for name, piece in group.pieces.items() if name in group.numbers})
+    return {**{name: whole for name, whole in found.items() if name not in pieces}, **sharding.spread(pieces, found)}
+
+
 def _held_by_owners(contents: Contents) -> tuple[list[Held], dict[str, sharding.Piece], list[str]]:
     """Bring parameters and gradients to their owners.
 

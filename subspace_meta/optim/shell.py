@@ -44,6 +44,7 @@ class Riemannian(torch.optim.Optimizer):
     """
 
     skipped: int = 0  # steps that were not taken, by the guard neither
+    _iterates: dict[str, Tensor] | None = None  # of this rank, while averages are in the model
 
     def __init__(
         self,
@@ -131,9 +132,12 @@ class Riemannian(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient is sparse; a gradient or a result is not finite (unless those steps are skipped); a
                 parameter is off its manifold, and is not to be moved; the model has another dtype or device than at
-                the last step; a parameter group has an unknown option; or a guarded optimizer is given no loss.
+                the last step; a parameter group has an unknown option; a guarded optimizer is given no loss; or the
+                model holds averages.
                 Nothing is changed then.
         """
+        if self._iterates is not None:
+            raise ValueError("the model holds averages, which are not where steps go on: leave averaged() first")
         returned = None
         if closure is not None:
             with torch.enable_grad():

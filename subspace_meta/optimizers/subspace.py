@@ -21,6 +21,7 @@ from subspace_meta.adapter.base import BaseAdapter
 from subspace_meta.adapter.network import Weights
 from subspace_meta.adapter.paper import PaperAdapter
 from subspace_meta.geometry import Geometry, Params
+from subspace_meta.manifolds import SPD, Manifold, Product
 from subspace_meta.optimizers import guard
 from subspace_meta.optimizers.base import (
     check_order,
@@ -88,10 +89,13 @@ class SubspaceOptimizer:
         steps: how many steps the whole run will have, an integer or a scalar tensor: the optimizer then plans its steps
             for the loss at the end. May be changed on the way, for a run that is made longer or shorter. After the last
             of them it goes on as in that one. ``None``: as the state says, which knows nothing at the start.
+        averaging: what is to be used are averages of the iterates, :meth:`averaged`, not the iterates. The optimizer
+            weights them by what it sees of the noise, and where there is some its steps may be longer. Costs a copy of
+            the parameters and a pass over them a step.
 
     Raises:
         ValueError: the preset is unknown, the weights are not its meta-parameters, the rate or the number of steps is
-            out of its range, or the preset has no use for that number.
+            out of its range, or the preset has no use for that number or makes no averages.
     """
 
     geometry: Geometry
@@ -100,6 +104,7 @@ class SubspaceOptimizer:
     guarded: bool = False
     lr: float | Tensor = 1.0
     steps: int | Tensor | None = None
+    averaging: bool = False
 
     def __post_init__(self) -> None:
         if not is_compiling():
@@ -110,6 +115,8 @@ class SubspaceOptimizer:
             check_weights(self.adapter, self.weights)
             if self.steps is not None and not isinstance(self.adapter, BaseAdapter):
                 raise ValueError(f"preset {self.adapter.name!r} plans for no number of steps; leave steps away")
+            if self.averaging and not isinstance(self.adapter, BaseAdapter):
+                raise ValueError(f"preset {self.adapter.name!r} makes no averages; sm.Averaging(optimizer) does")
 
     @property
     def adapter(self) -> Adapter:
@@ -125,8 +132,23 @@ class SubspaceOptimizer:
         """Return the adapter's state at the start."""
         check_start(self.geometry, params)
         check_weight_dtype(self.weights, params)
-        state = self.adapter.init(self.layout, self.geometry.gather(params))
+        points = self.geometry.gather(params)
+        if isinstance(self.adapter, BaseAdapter):
+            state: Any = self.adapter.init(self.layout, points, self.averaging)
+        else:
+            state = self.adapter.init(self.layout, points)
         return GuardedState(state, guard.initial(next(iter(params.values())))) if self.guarded else state
+
+    def averaged(self, state: Any) -> Params:
+        """Return the average of the iterates as parameters, which are on their manifolds.
+
+        Raises:
+            ValueError: the state has none: it was made without ``averaging``.
+        """
+        average = getattr(state.adapter if isinstance(state, GuardedState) else state, "average", ())
+        if not average:
+            raise ValueError("there is no average in this state: make the optimizer with averaging=True, and init")
+        return self.geometry.scatter(average)
 
     def update(
         self, grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], value: Tensor | None = None
@@ -213,7 +235,26 @@ class SubspaceOptimizer:
                 for g, x, y, m in zip(groups, points, moved, buffers, strict=True)
             ]
             state = self.adapter.with_buffers(state, carried)
+        if isinstance(self.adapter, BaseAdapter) and state.average:
+            state = state._replace(average=self._averages(self.adapter.kept_share(state), state.average, moved))
         return moved, state if watched is None else GuardedState(state, watched)
+
+    def _averages(self, kept: Tensor, averages: Sequence[Tensor], moved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the averages that have taken in the new iterates; ``kept`` of the old ones stays, ``(B,)``."""
+        shares = [share[..., None, None] for share in self.layout.per_group(kept)]
+        groups = zip(self.geometry.groups, moved, averages, shares, strict=True)
+        # From the iterate, not from the average: then a long step is no matter where there is no noise.
+        return tuple(retract_all(self.geometry, moved, [s * _toward(g.manifold, x, old) for g, x, old, s in groups]))
+
+
+def _toward(manifold: Manifold, x: Tensor, y: Tensor) -> Tensor:
+    """Return a tangent at ``x`` that leads near ``y`` and not beyond."""
+    if isinstance(manifold, SPD):  # there a retraction along the difference goes too far, each time again
+        return manifold.log(x, y)
+    if isinstance(manifold, Product):
+        blocks = (torch.split(tensor, list(manifold.sizes), dim=manifold.axis) for tensor in (x, y))
+        return torch.cat([_toward(*each) for each in zip(manifold.factors, *blocks, strict=True)], dim=manifold.axis)
+    return manifold.project(x, y - x)
 
 
 def _own_buffers(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:

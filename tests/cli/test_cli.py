@@ -74,6 +74,9 @@ def test_evaluation_against_the_archive(finished: tuple[Path, subprocess.Complet
     assert task["baselines"].keys() == archive.load(task["task"]).keys()
     assert {path.name for path in (folder / "report").iterdir()} == {"report.md", "report.html", "results.json"}
     assert json.loads((folder / "report/results.json").read_text())["tasks"][0]["log_excess"] == task["log_excess"]
+    averages = json.loads(run(*arguments, "--averages", "--json", cwd=folder).stdout)
+    assert averages["optimizer"] == "weights, averages"
+    assert averages["tasks"][0]["log_excess"] != task["log_excess"]
     table = run(*arguments, cwd=folder)
     assert "no worse than the best tuned" in table.stdout
     assert "@400" in table.stdout
@@ -301,6 +304,10 @@ def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str) -
         (("evaluate", "--optimizer", "nowhere:make"), ("nowhere:make", "No module named 'nowhere'")),
         (("evaluate", "--optimizer", "json.dumps"), ("package.module:name", "json.dumps")),
         (("evaluate", "--optimizer", "json:dumps", "--weights", "good.safetensors"), ("not both",)),
+        (
+            ("evaluate", "--optimizer", "json:dumps", "--averages"),
+            ("--averages are those of the learned", "sm.Averaging"),
+        ),
         (("evaluate", "--own", "json:dumps"), ("must be a list or tuple of SuiteTask", "function dumps")),
         (("evaluate", "--suite", "quick", "--out", "text.txt"), ("--out is a folder; text.txt is a file",)),
         (("archive", "--baselines", "adam2"), ("no baseline matches 'adam2'", "RSGD, RSGD-momentum")),

@@ -55,6 +55,20 @@ def test_the_gradient_is_that_of_the_other_tasks(spoiled: list[int], value: floa
     assert all(torch.isfinite(x).all() for x in found.carry.params.values())
 
 
+def test_averages_of_a_spoiled_task_go_with_its_parameters() -> None:
+    """What is handed out of the copy is a copy, too: the old average belongs to another task."""
+    loop = replace(LOOP, make_optimizer=PresetOptimizer(averaging=True))
+    theta, params, batches, data = setting()
+    carry = segment_gradient(loop, theta, loop.start(theta, params), batches, data, mean_loss).carry
+    batches["z"][2, 3] = math.nan
+    found = segment_gradient(loop, theta, carry, batches, data, mean_loss)
+    assert found.source.tolist() == [0, 1, 2, 0, 4, 5]
+    averages = found.carry.state.average[0]
+    copied, other = ((averages[3] - averages[i]).norm() for i in (0, 1))
+    # The statistics are its own, so the two do not move alike; but they are of one place.
+    assert copied < 0.2 * other
+
+
 def kinked_loss(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     """Finite with a finite gradient, but at z = 0 the root's second derivative is not."""
     return ((batch["z"] @ params["x"]).square().sum()).pow(1.25)

@@ -39,9 +39,9 @@ def without_time(records: list[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
-@pytest.mark.parametrize("told", [0.0, 0.5])
-def test_a_resumed_run_is_the_same_run(told: float, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, told=told)
+@pytest.mark.parametrize(("told", "averaged"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.5)])
+def test_a_resumed_run_is_the_same_run(told: float, averaged: float, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, told=told, averaged=averaged)
     whole = Trainer(settings)
     records = without_time(list(whole.run()))
     for cut in (1, 5, 11):
@@ -96,6 +96,26 @@ def test_inner_loops_that_are_told_their_length() -> None:
         trainer = Trainer(replace(SETTINGS, told=told))
         trainer.step()
         learned.append(float(trainer.first_moment["length.gauge"][5]))
+    assert learned[0] != 0 == learned[1]
+
+
+def test_inner_loops_that_hand_out_averages() -> None:
+    trainer = Trainer(replace(SETTINGS, averaged=0.5, outer_steps=40))
+    seen = set()
+    for _ in trainer.run():
+        for stream in trainer.streams:
+            if stream.carry is not None:
+                assert bool(stream.carry.state.average) == stream.averaging
+                seen.add(stream.averaging)
+    assert seen == {True, False}
+    # The outer loss is that of the averages; without them nothing is learned about noise.
+    figures, learned = [], []
+    for averaged in (1.0, 0.0):
+        trainer = Trainer(replace(SETTINGS, averaged=averaged))
+        figures.append(trainer.step())
+        learned.append(float(trainer.first_moment["noise.bias"]))
+    assert figures[0]["horizon"] == figures[1]["horizon"]
+    assert figures[0]["final_log_excess"] != figures[1]["final_log_excess"]
     assert learned[0] != 0 == learned[1]
 
 
@@ -247,6 +267,8 @@ def test_training_with_growing_segments_resumes_exactly(tmp_path: Path) -> None:
         ({"restart": 0}, "the restart must be one of"),
         ({"told": 1.5}, "told is a share, from 0 to 1, got 1.5"),
         ({"told": 0.5, "preset": "paper"}, "preset 'paper' plans for no number of steps; told must be 0"),
+        ({"averaged": -0.1}, "averaged is a share, from 0 to 1, got -0.1"),
+        ({"averaged": 0.5, "preset": "paper"}, "preset 'paper' makes no averages; averaged must be 0"),
     ],
 )
 def test_settings_that_cannot_be(change: dict, message: str) -> None:

@@ -95,7 +95,8 @@ def plain(theta: dict[str, Tensor], carry: Carry, batches: dict[str, Tensor], da
 
 def plain_gradient(carry: Carry, batches: dict[str, Tensor], data: dict[str, Tensor]) -> dict[str, Tensor]:
     theta = {name: value.clone().requires_grad_() for name, value in setting()[0].items()}
-    gradients = torch.autograd.grad(plain(theta, carry, batches, data), list(theta.values()))
+    objective = plain(theta, carry, batches, data)
+    gradients = torch.autograd.grad(objective, list(theta.values()), materialize_grads=True)
     return dict(zip(theta, gradients, strict=True))
 
 

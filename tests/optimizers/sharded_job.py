@@ -49,7 +49,10 @@ def network(seed: int = 0) -> torch.nn.Module:
 def shell(name: str, model: torch.nn.Module, **settings: Any) -> sm.optim.Riemannian:
     if name in ("base", "guarded"):
         guarded = name == "guarded"
-        made = partial(sm.optim.SubspaceMeta, rules=RULES, weights=lively_weights(), guarded=guarded)
+        averaging = name == "base"
+        weights = lively_weights()
+        weights["noise.bias"] = weights["noise.bias"] + 1.0
+        made = partial(sm.optim.SubspaceMeta, rules=RULES, weights=weights, guarded=guarded, averaging=averaging)
     else:
         kind, options = (sm.RSGD, {"momentum": 0.9}) if name == "RSGD" else (sm.RAdam, {})
         rules = ALONE if name == "alone" else RULES
@@ -111,6 +114,14 @@ def values(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: full(p) for name, p in model.named_parameters()}
 
 
+def averages(model: torch.nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Return what a model holds while averages are in it; nothing if there are none."""
+    if not optimizer.param_groups[0].get("averaging"):
+        return {}
+    with optimizer.averaged():
+        return values(model)
+
+
 def scalars(optimizer: Any) -> dict[str, float]:
     """Return what states have one value of: counts of steps, the guard's view of the loss."""
     saved = optimizer.state_dict()["state"]
@@ -130,6 +141,7 @@ def trained(name: str, mesh: Any, steps: int = 5) -> dict[str, Any]:
     here = {name: sum(t.numel() for t in part.values() if t.ndim and not t.is_meta) for name, part in held.items()}
     return {
         "start": start,
+        "averages": averages(model, optimizer),
         "end": values(model),
         "state": here,
         "scalars": scalars(optimizer),

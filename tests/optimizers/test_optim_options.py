@@ -59,7 +59,7 @@ def test_the_table_has_every_setting():
         fields = {field.name for field in dataclasses.fields(kind)} - {"geometry", "lr", "nesterov"}
         assert fields == given.keys()
         assert options(kind).keys() >= given.keys() | {"lr"}
-    assert options(sm.SubspaceOptimizer).keys() == {"lr", "guarded", "steps"}
+    assert options(sm.SubspaceOptimizer).keys() == {"lr", "guarded", "steps", "averaging"}
     assert dataclasses.MISSING is options(sm.RAdam)["lr"]
 
 

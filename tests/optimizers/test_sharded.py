@@ -68,6 +68,7 @@ def test_ranks_find_what_one_process_finds(found: list, name: str, ranks: str) -
     job.train(optimizer, model, None, range(5))
     for rank in RANKS:
         assert_close(found[rank][name, ranks]["start"], begin)
+        assert_close(found[rank][name, ranks]["averages"], job.averages(model, optimizer))
         assert_close(found[rank][name, ranks]["end"], job.values(model))
         assert found[rank][name, ranks]["scalars"] == pytest.approx(job.scalars(optimizer), rel=ROUNDING)
         assert found[rank][name, ranks]["violation"].keys() == optimizer.check().keys()

@@ -21,11 +21,11 @@ def tall_shapes(draw, largest: int = 9) -> tuple[int, int]:
     return draw(st.integers(p, largest)), p
 
 
-def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, budget=None, **settings):
+def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, budget=None, averaging=False, **settings):
     """Take steps with drawn gradients on all parameters at once, and on each alone by the reference."""
     geometry, params = start(shapes, rules, seed)
     weights = lively_weights(adapter or preset, seed)
-    optimizer = sm.SubspaceOptimizer(geometry, weights, adapter or preset, steps=budget)
+    optimizer = sm.SubspaceOptimizer(geometry, weights, adapter or preset, steps=budget, averaging=averaging)
     state = optimizer.init(params)
     expected, states = dict(params), dict.fromkeys(params)
     manifolds = {parameter.name: parameter.manifold for parameter in geometry.parameters}
@@ -37,9 +37,19 @@ def compare(shapes, rules, preset, adapter=None, steps=4, seed=0, budget=None, *
         params, state = optimizer.update(grads, state, params)
         for name in params:
             expected[name], states[name] = reference_step(
-                weights, preset, manifolds[name], expected[name], grads[name], states[name], budget or 0, **settings
+                weights,
+                preset,
+                manifolds[name],
+                expected[name],
+                grads[name],
+                states[name],
+                budget or 0,
+                averaging,
+                **settings,
             )
         assert largest_difference(params, expected) < TOLERANCE
+        if averaging:
+            assert largest_difference(optimizer.averaged(state), {n: states[n].average for n in states}) < TOLERANCE
     return geometry
 
 
@@ -81,6 +91,17 @@ def test_base_without_orthonormal_factor():
 @pytest.mark.parametrize("budget", [1, 5, 7, 1000])
 def test_base_told_how_many_steps_there_will_be(budget):
     compare({"x": (6, 3), "y": (4, 4)}, {"x": sm.Stiefel()}, "base", steps=7, budget=budget)
+
+
+@given(shape=tall_shapes(), seed=st.integers(0, 10**6), budget=st.sampled_from([None, 5]))
+@pytest.mark.parametrize("manifold", MATRICES)
+def test_base_with_averages(manifold, shape, seed, budget):
+    compare({"x": shape}, {"x": MATRICES[manifold]}, "base", seed=seed, budget=budget, averaging=True, steps=6)
+
+
+def test_averages_of_several_matrices():
+    shapes = {"a": (6, 2), "b": (5, 3), "c": (6, 2), "d": (4, 4)}
+    compare(shapes, {"a": sm.Oblique(), "*": sm.Stiefel()}, "base", averaging=True, steps=6)
 
 
 @pytest.mark.parametrize("mean_statistics", [False, True])
