@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-rounding test-processors test-gpu check numbers docs proofs clean
+.PHONY: demo test test-slow test-rounding test-processors test-gpu test-oldest check numbers docs proofs clean
 
 demo: $(INSTALLED)  ## meta-train in minutes, then compare with tuned baselines
 	$(RUN) -m subspace_meta.cli train --preset quick
@@ -37,6 +37,21 @@ test-processors: $(INSTALLED)  ## the whole suite, slow tests too, under other i
 		echo "$$setting: $$(env OMP_NUM_THREADS=1 TORCHINDUCTOR_CACHE_DIR=$$cache $$setting $(RUN) -m pytest -q -n 2 \
 			--dist worksteal -m "not gpu" -p no:cacheprovider | tail -n 1)"; \
 	done
+
+# The oldest torch that the eager library takes, in an environment of its own; its wheel needs CUDA's libraries, too.
+OLDEST := $(abspath $(VENV))-oldest
+OLDEST_TESTS := tests/test_geometry.py tests/test_rules.py tests/test_checkpoint.py tests/adapter tests/manifolds \
+	tests/optimizers tests/properties
+
+test-oldest: $(OLDEST)/.installed  ## the eager library with the oldest torch it takes; 3 GB of packages
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" -o filterwarnings=default \
+		-p no:cacheprovider --ignore tests/optimizers/test_sharded.py -k "not compile" $(OLDEST_TESTS)
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q torch==2.1.2 "numpy<2"
+	$(OLDEST)/bin/python -m pip install -q -e ".[train]" "numpy<2" pytest pytest-xdist hypothesis
+	touch $(OLDEST)/.installed
 
 test-gpu: $(INSTALLED)  ## this machine's GPU: the kernels' correctness, bandwidth, time beside Adam; meta-training
 	$(RUN) -m pytest -q -s -m gpu tests/kernels tests/meta/test_devices.py
@@ -69,4 +84,4 @@ proofs:  ## check the proofs with Coq; says which Debian packages it needs
 	$(MAKE) -C proofs check
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) site .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -4,9 +4,9 @@
     features     their ratios to the matrix mean, to each other, and to the largest mean seen so far; time; the cosine
                  of R and the momentum before it, now and a step ago; how far R fell along the momentum; the rate;
                  what share of the steps is done, where their number is known; how much noise there seems to be
-    noise        where averages are handed out: a number from 0 to 1 for each matrix, a steep sigmoid of the matrix's
-                 other features and of what the network remembers
-    average      Y <- Retr_X(s P_X(Y - X)) after each step to X, s = noise (t - 1)/(t + 3): X itself where there is no
+    noise        a number from 0 to 1 for each matrix, a steep sigmoid of the matrix's other features and of what the
+                 network remembers
+    average      where one is handed out, Y <- Retr_X(s P_X(Y - X)) after each step to X, s = noise (t - 1)/(t + 3): X itself where there is no
                  noise, otherwise it looks back over a quarter of the steps; on SPD with the logarithm for P_X(Y - X)
     network      one LSTM over all coordinates, a head for rows and a head for columns
     momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, the sigmoid of a weighted
@@ -93,7 +93,7 @@ class BaseState(NamedTuple):
     rate: Tensor  # (B,), logarithm of the learning rate
     turn: Tensor  # (B,), last cosine of gradient and momentum before it
     along: Tensor  # (B,), last mean product of gradient and momentum
-    noise: Tensor  # (B,), how much there seems to be, from 0 to 1; 0 where no averages are handed out
+    noise: Tensor  # (B,), how much there seems to be, from 0 to 1
     average: tuple[Tensor, ...]  # per group (..., d, p), of the iterates, a point; empty where none is handed out
     hidden: Tensor  # (H, N)
     cell: Tensor  # (H, N)
@@ -301,7 +301,7 @@ class BaseAdapter:
                 *share_done[:, None].expand(len(share_done), layout.matrices),
             ]
         )
-        noise = self._noise(weights, state, seen, layout) if state.average else state.noise
+        noise = self._noise(weights, state, seen, layout)
         context = torch.cat([seen, noise[None]])
         inputs = Inputs(packed[:4], matrix[:4], cosine(product, energy, before)[None], context)
         network = Network(*(weights[name] for name in NETWORK))

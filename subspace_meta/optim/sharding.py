@@ -144,7 +144,10 @@ def split(name: str, p: Tensor) -> tuple[Lane, int] | None:
     """
     if not hasattr(p, "placements"):
         return None
-    from torch.distributed.tensor import DTensor, Shard
+    try:
+        from torch.distributed.tensor import DTensor, Shard
+    except ImportError:
+        raise ValueError(f"parameter {name!r} is sharded: that needs torch 2.5 or newer") from None
 
     if not isinstance(p, DTensor):
         raise ValueError(f"parameter {name!r} is sharded, but is no DTensor: shard the model by fully_shard (FSDP2)")

@@ -26,11 +26,11 @@ LOWEST = math.log(FLOOR) + 0.5  # log excess below which a verdict tells nothing
 MOST = 2.0
 
 
-def judged(task: SuiteTask, weights: dict[str, torch.Tensor], adapter: sm.Adapter) -> TaskResult:
+def judged(task: SuiteTask, weights: dict[str, torch.Tensor], adapter: sm.Adapter, averages: bool) -> TaskResult:
     """Return what the weights do on a task, without times."""
 
     def make(geometry: sm.Geometry, lr: torch.Tensor) -> sm.Optimizer:
-        return sm.SubspaceOptimizer(geometry, weights, adapter, lr=lr)
+        return sm.SubspaceOptimizer(geometry, weights, adapter, lr=lr, averaging=averages)
 
     drawn = EvaluationTask(task.row, task.family)
     curves = run_baseline(drawn, Baseline("learned", make), (1.0,), archive.SEEDS, min(task.horizon, COMPARED[-1]))
@@ -46,6 +46,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("weights", nargs="+", help=f"files, or {', '.join(RELEASES)}")
     options.add_argument("--tasks", default="*")
+    options.add_argument("--averages", action="store_true", help="judge the averages that they hand out")
     chosen = options.parse_args()
     torch.set_num_threads(1)
     tasks = [t for t in evaluation_suite() if t.available and fnmatch.fnmatch(t.row, chosen.tasks)]
@@ -54,7 +55,7 @@ def main() -> None:
         results = []
         print(f"\n{name}\n| task | " + " | ".join(map(str, COMPARED)) + " |\n|---|" + "---|" * len(COMPARED))
         for task in tasks:
-            results.append(result := judged(task, weights, adapter))
+            results.append(result := judged(task, weights, adapter, chosen.averages))
             cells = (f"{gap(result, step):+.2f}" if step in result.compared else "" for step in COMPARED)
             print(f"| {task.row} | " + " | ".join(cells) + " |", flush=True)
         won = ("{} of {}".format(*Comparison(name, tuple(results)).no_worse(step)) for step in COMPARED)

@@ -299,6 +299,7 @@ def test_gradients_clipped_by_their_global_norm(name):
     optimizer.check()
 
 
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch 2.3 has a scaler for the CPU")
 @learned_and_hand_made
 def test_gradient_scaler(name):
     model, plain = network(), network()
