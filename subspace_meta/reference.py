@@ -205,16 +205,14 @@ def _base(
         state.rate / 4,
         *budget,
     ]
-    # Noise, where averages are handed out: from these and from what the network remembered before.
-    noise = 0.0
-    if state.average is not None:
-        evidence = float(theta["noise.bias"]) + sum(
-            w * c for w, c in zip(theta["noise.skip"].tolist(), context, strict=True)
-        )
-        for side, of_side in enumerate((state.rows, state.columns)):
-            remembered = [float(theta["noise.hidden"][side] @ c.hidden[0]) for c in of_side if c.hidden]
-            evidence += sum(remembered) / len(of_side)
-        noise = _sigmoid(10 * evidence)
+    # How much noise there seems to be: from these and from what the network remembered before.
+    evidence = float(theta["noise.bias"]) + sum(
+        w * c for w, c in zip(theta["noise.skip"].tolist(), context, strict=True)
+    )
+    for side, of_side in enumerate((state.rows, state.columns)):
+        remembered = [float(theta["noise.hidden"][side] @ c.hidden[0]) for c in of_side if c.hidden]
+        evidence += sum(remembered) / len(of_side)
+    noise = _sigmoid(10 * evidence)
     context.append(noise)
 
     scales, outputs, coordinates = [], [], []

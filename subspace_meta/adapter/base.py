@@ -6,8 +6,9 @@
                  what share of the steps is done, where their number is known; how much noise there seems to be
     noise        a number from 0 to 1 for each matrix, a steep sigmoid of the matrix's other features and of what the
                  network remembers
-    average      where one is handed out, Y <- Retr_X(s P_X(Y - X)) after each step to X, s = noise (t - 1)/(t + 3): X itself where there is no
-                 noise, otherwise it looks back over a quarter of the steps; on SPD with the logarithm for P_X(Y - X)
+    average      where one is handed out: after each step to X, Y <- Retr_X(s P_X(Y - X)), s = noise (t - 1)/(t + 3): X
+                 itself where there is no noise, otherwise it looks back over a quarter of the steps; on SPD with the
+                 logarithm for P_X(Y - X)
     network      one LSTM over all coordinates, a head for rows and a head for columns
     momentum     M <- M + w (R - M), the running mean with a decay for each matrix and step, the sigmoid of a weighted
                  sum of the matrix's features in the step before
@@ -208,9 +209,8 @@ class BaseAdapter:
         Those that were trained before it was a feature have zeros in its places.
         """
         inputs = weights["lstm.weight"][:, COORDINATE_FEATURES:][:, BUDGET_FEATURES]
-        skips = [
-            weights[name][BUDGET_FEATURES] for name in ("length.skip", "rate.skip", "decay.skip") if name in weights
-        ]
+        names = ("length.skip", "rate.skip", "decay.skip", "noise.skip")
+        skips = [weights[name][BUDGET_FEATURES] for name in names if name in weights]
         return any(bool(used.any()) for used in (inputs, *skips, weights["length.gauge"][5]))
 
     def kept_share(self, state: BaseState) -> Tensor:

@@ -143,7 +143,7 @@ def test_weights_that_do_not_look_at_it_are_said_by_the_torch_optimizer(recwarn)
         ("length.skip", slice(11, 15)),
     ):
         weights[name][zeros] = 0.0
-    weights["rate.skip"][11:] = 0.0
+    weights["rate.skip"][11:] = weights["noise.skip"][11:] = 0.0
     assert sm.PRESETS["base"].sees_budget(weights)  # by the decay
     weights["decay.skip"][11:] = 0.0
     assert not sm.PRESETS["base"].sees_budget(weights)
