@@ -352,10 +352,10 @@ class BaseAdapter:
     @staticmethod
     def _noise(weights: Mapping[str, Tensor], state: BaseState, seen: Tensor, layout: Layout) -> Tensor:
         """Return how much noise there seems to be in each matrix, ``(B,)``; the network's memory is a step old."""
-        of_rows, of_columns = weights["noise.hidden"][:1], weights["noise.hidden"][1:]
-        remembered = row_means(of_rows @ state.hidden[:, : layout.rows], layout)
-        remembered = remembered + column_means(of_columns @ state.hidden[:, layout.rows :], layout)
-        evidence = weights["noise.bias"] + (weights["noise.skip"][:, None] * seen).sum(dim=0) + remembered[0]
+        memory = row_means(state.hidden[:, : layout.rows], layout), column_means(state.hidden[:, layout.rows :], layout)
+        evidence = weights["noise.bias"] + (weights["noise.skip"][:, None] * seen).sum(dim=0)
+        for weight, mean in zip(weights["noise.hidden"], memory, strict=True):
+            evidence = evidence + (weight[:, None] * mean).sum(dim=0)
         return torch.sigmoid(NOISE_SLOPE * evidence)
 
     @staticmethod
