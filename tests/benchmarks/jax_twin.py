@@ -22,7 +22,7 @@ TINY, FLOOR = 1e-30, 1e-6
 FAST, SLOW = 0.9, 0.99
 MAX_NORM, ROUNDING = 10.0, 64.0
 OUTPUTS, LONGEST, RATE, SETTLING, RATE_BOUNDS, DECAY_BOUNDS = 5, 4.0, 0.7, 30.0, (-14.0, 5.0), (-6.0, 7.0)
-SPENT = 1e-20
+SPENT, NOISE_SLOPE = 1e-20, 10.0
 QUINTIC = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
@@ -115,6 +115,10 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
             *jnp.zeros(4, r.dtype),  # the number of steps is not known
         ]
     )
+    remembered = jnp.stack([hidden[:, :d].mean(axis=1), hidden[:, d:].mean(axis=1)])
+    evidence = theta["noise.bias"] + context @ theta["noise.skip"] + (theta["noise.hidden"] * remembered).sum()
+    noise = jax.nn.sigmoid(NOISE_SLOPE * evidence)
+    context = jnp.append(context, noise)
     relative = jnp.stack(
         [log_ratio(a, b) for a, b in zip((energy, fast, slow, momentum_energy), means[:4], strict=True)]
     )
@@ -152,6 +156,7 @@ def adapt(theta: Any, state: Any, r: Any) -> tuple[Any, Any]:
             jnp.log(mass),
             0.5 * jnp.log(1.0 - SLOW**t),
             0.0,
+            noise * jnp.log(t),
         ]
     )
     logit = theta["length.bias"] + context @ theta["length.skip"] + pooled[0] + rate + gauges @ theta["length.gauge"]
