@@ -114,7 +114,7 @@ def test_reports_that_the_pages_cannot_be_of(report):
         quote.taken_over(kept, [{**report, "tasks": report["tasks"][1:]}])
     with pytest.raises(ValueError, match=f"nothing on {quote.BASE}"):
         quote.pieces({name: line for name, line in kept.items() if name != quote.BASE})
-    assert quote.taken_over({**kept, "base-0": {}}, []).keys() == set(quote.NAMES.values())
+    assert quote.taken_over({**kept, "base-0": {}}, []).keys() == set(quote.REPORTS)
 
 
 def test_nothing_is_measured_where_data_are_missing(copied, tmp_path, monkeypatch, capsys):

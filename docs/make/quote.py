@@ -48,6 +48,8 @@ BEGINS_A_LINE = re.compile(r"^[ \t]*(?:[*>-] +)?<!-- /?numbers[^>]*-->.", re.MUL
 
 NAMES = {role: Path(file).stem for role, file in RELEASES.items()}
 BASE = NAMES["base"]
+AVERAGES = f"{BASE}, averages"
+REPORTS = (*NAMES.values(), AVERAGES)
 AXES = {
     "real data": "real data",
     "unseen task": "unseen task",
@@ -86,12 +88,12 @@ def taken_over(kept: Described, reports: Sequence[Described]) -> Described:
     found = dict(kept)
     for report in reports:
         name = report["optimizer"]
-        if name not in NAMES.values():
-            raise ValueError(f"a report is of {name}; the weights that ship are {', '.join(NAMES.values())}")
+        if name not in REPORTS:
+            raise ValueError(f"a report is of {name}; of what ships there are {'; '.join(REPORTS)}")
         if lacking := rows - {task["task"] for task in report["tasks"]}:
             raise ValueError(f"the report on {name} lacks {len(lacking)} of {len(rows)} tasks, {min(lacking)} for one")
         found[name] = condensed(report)
-    return {name: found[name] for name in NAMES.values() if name in found}
+    return {name: found[name] for name in REPORTS if name in found}
 
 
 def as_text(kept: Described) -> str:
@@ -101,7 +103,7 @@ def as_text(kept: Described) -> str:
 
 
 def condensed(report: Described) -> Described:
-    """Return what the pages quote of a report; of weights other than ``base``'s that is one line."""
+    """Return what the pages quote of a report; of others than that on ``base``'s iterates that is one line."""
     kept = {"environment": report["environment"], "all": _line(report["all"])}
     if report["optimizer"] != BASE:
         return kept
@@ -169,8 +171,8 @@ def pieces(kept: Described) -> dict[str, str]:
     Raises:
         ValueError: there is no report on some of the weights that ship.
     """
-    if lacking := set(NAMES.values()) - kept.keys():
-        raise ValueError(f"{KEPT} has nothing on {', '.join(sorted(lacking))}; make numbers")
+    if lacking := set(REPORTS) - kept.keys():
+        raise ValueError(f"{KEPT} has nothing on {'; '.join(sorted(lacking))}; make numbers")
     base = kept[BASE]
     trained_on = sum(base["axes"][axis]["tasks"] for axis in TRAINED_ON if axis in base["axes"])
     long = base["tasks"][LONG_PCA]
@@ -185,10 +187,11 @@ def pieces(kept: Described) -> dict[str, str]:
         "tuned": str(len(base["tuned"])),
         "baselines": str(len(BASELINES)),
         "where": in_words(base["environment"]),
-        "summary": summary(base, tuple(AXES)),
-        "summary-short": summary(base, ("real data",)),
+        "summary": summary(kept, tuple(AXES)),
+        "summary-short": summary(kept, ("real data",)),
         "untuned": shares(base["all"], "no_worse_than_untuned"),
         "told": shares(base["all"], "no_worse_told"),
+        "averages": shares(kept[AVERAGES]["all"]),
         "steps": " / ".join(map(str, COMPARED)),
         "long-told": f"{long['told']['4000']:.2f}",
         "long": f"{long['ours']['4000']:.2f}",
@@ -232,9 +235,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def summary(base: Described, axes: Collection[str]) -> str:
-    """Return the table that says most: all tasks together, and by axis."""
-    lines = {"all": base["all"]} | {AXES[axis]: base["axes"][axis] for axis in axes if axis in base["axes"]}
+def summary(kept: Described, axes: Collection[str]) -> str:
+    """Return the table that says most: all tasks together, iterates and averages, and by axis."""
+    base = kept[BASE]
+    lines = {"all": base["all"], "all, averages handed out": kept[AVERAGES]["all"]}
+    lines |= {AXES[axis]: base["axes"][axis] for axis in axes if axis in base["axes"]}
     steps = " / ".join(map(str, COMPARED))
     no_worse = f"no worse than the best of {len(base['tuned'])} after {steps} steps"
     header = ["shipped weights, untuned", "tasks", no_worse, f"speed-up over tuned {PEER}, steps", "CPU seconds"]
@@ -244,9 +249,9 @@ def summary(base: Described, axes: Collection[str]) -> str:
 def card(kept: Described) -> str:
     """Return a line for each of the weights that ship."""
     rows = []
-    for name in NAMES.values():
+    for name in REPORTS:
         line = kept[name]["all"]
-        rows.append([f"`{name}`", shares(line), *speeds(line)])
+        rows.append(["`{}`{}{}".format(*name.partition(",")), shares(line), *speeds(line)])
         if name == BASE:
             rows.append([f"`{name}`, told the steps", shares(line, "no_worse_told"), "", ""])
     return table(["", f"no worse, of {kept[BASE]['all']['tasks']}", "speed-up, steps", "CPU seconds"], rows)
@@ -329,17 +334,19 @@ def diff(page: str, old: str, new: str) -> str:
 
 
 def measured(folder: Path) -> list[Path]:
-    """Evaluate the weights that ship, some minutes each; return the reports.
+    """Evaluate the weights that ship, ``base``'s averages too, some minutes each; return the reports.
 
     Raises:
         ValueError: the data of a task are not there.
     """
     if lacking := [task.row for task in evaluation_suite() if not task.available]:
         raise ValueError(f"{DATA_VARIABLE} has to name the folder with the data of {', '.join(lacking)}")
-    for role, file in RELEASES.items():
-        command = [sys.executable, "-m", "subspace_meta", "evaluate", "--weights", str(FOLDER / file)]
-        subprocess.run([*command, "--out", str(folder / role)], check=True)
-    return [folder / role / "results.json" for role in RELEASES]
+    command = [sys.executable, "-m", "subspace_meta", "evaluate", "--weights"]
+    runs = {role: [str(FOLDER / file)] for role, file in RELEASES.items()}
+    runs["averages"] = [*runs["base"], "--averages"]
+    for role, options in runs.items():
+        subprocess.run([*command, *options, "--out", str(folder / role)], check=True)
+    return [folder / role / "results.json" for role in runs]
 
 
 def main(root: Path, arguments: Sequence[str] | None = None) -> int:
