@@ -8,7 +8,7 @@ from subspace_meta.adapter.network import Weights
 from subspace_meta.checkpoint import load_weights
 
 FOLDER = Path(__file__).parent
-RELEASES = {"base": "base-4.safetensors", "light": "light-1.safetensors"}
+RELEASES = {"base": "base-5.safetensors", "light": "light-2.safetensors"}
 
 
 def located(name: str) -> Path:
