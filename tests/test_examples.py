@@ -73,13 +73,22 @@ def test_the_example_of_the_torch_optimizer() -> None:
     assert len(names["schedule"].base_lrs) == 2
 
 
-def test_the_example_of_the_optimizers_page() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text("utf-8"), flags=re.S)
+def test_the_examples_of_the_optimizers_page() -> None:
+    averages, code = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text("utf-8"), flags=re.S
+    )
     torch.manual_seed(0)
     names: dict = {}
     exec(code, names)
     a = names["a"]
     assert -names["loss"] > (1 - 1e-3) * torch.linalg.eigvalsh(a @ a.mT)[-3:].sum()
+    torch.manual_seed(0)
+    exec(averages, names)
+    names["geometry"].check_feasible(names["result"])
+    best = torch.linalg.eigvalsh(names["x"].mT @ names["x"])[-3:].sum()
+    averaged, last = ((names["x"] @ p["x"]).square().sum() for p in (names["result"], names["params"]))
+    assert averaged > 0.95 * best
+    assert averaged != last
 
 
 def test_the_example_of_the_meta_gradients() -> None:

@@ -24,7 +24,7 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[+-]?\d+)?")
 
 # Pages whose blocks have a test of their own, which knows what they mean.
-ELSEWHERE = {"meta_gradients.md", "optimizers.md", "torch_optim.md"}
+ELSEWHERE = {"meta_gradients.md", "torch_optim.md"}
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text("utf-8")]
 
 

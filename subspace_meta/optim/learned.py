@@ -59,8 +59,7 @@ class SubspaceMeta(Riemannian):
         averaging: keep averages of the iterates; :meth:`averaged` puts them into the model. See ``SubspaceOptimizer``.
 
     Warns:
-        UserWarning: ``steps`` or ``averaging`` is given, and the weights were not trained with it, as those of
-            ``light``.
+        UserWarning: ``steps`` or ``averaging`` is given, and the weights were not trained with it.
 
     Raises:
         ValueError: see :class:`Riemannian`; or the weights are not the preset's. Also for an argument that there is
