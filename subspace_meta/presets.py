@@ -88,8 +88,8 @@ def smoke() -> RunPreset:
 def release() -> RunPreset:
     """Weights like the shipped ones of ``base``: twelve streams of problems on seven manifolds; two hours on one core.
 
-    Half of the inner loops are told their number of steps. Judged on four problems here; the whole judgement is
-    ``subspace-meta evaluate``.
+    Half of the inner loops are told their number of steps, some hand out averages. Judged on four problems here; the
+    whole judgement is ``subspace-meta evaluate``.
     """
     train = TrainSettings(
         training_streams(),
@@ -98,6 +98,7 @@ def release() -> RunPreset:
         longest=160,
         horizon=(40, 1000),
         told=0.5,
+        averaged=0.4,
         restart=4000,
         warmup=50,
     )
@@ -115,7 +116,8 @@ def refine() -> RunPreset:
         outer_steps=500,
         segment=20,
         horizon=(40, 640),
-        told=0.5,
+        told=0.3,
+        averaged=0.4,
         lr=1e-3,
         warmup=20,
     )
