@@ -295,7 +295,8 @@ def test_optimizer_memory(shapes, hidden):
 
     assert count(paper.init(layout, points)) == (4 * hidden + 1) * coordinates
     # The count of steps, and how many there will be, are shared by all matrices.
-    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + 7 * len(shapes) + entries + 2
+    assert count(base.init(layout, points)) == (2 * hidden + 2) * coordinates + 8 * len(shapes) + entries + 2
+    assert count(base.init(layout, points, averaging=True)) == count(base.init(layout, points)) + entries
     for adapter in (paper, base):
         weights = {name: value.double() for name, value in adapter.init_weights().items()}
         assert {name: tuple(value.shape) for name, value in weights.items()} == adapter.weight_shapes()
