@@ -41,11 +41,11 @@ test-processors: $(INSTALLED)  ## the whole suite, slow tests too, under other i
 # The oldest torch that the eager library takes, in an environment of its own; its wheel needs CUDA's libraries, too.
 OLDEST := $(abspath $(VENV))-oldest
 OLDEST_TESTS := tests/test_geometry.py tests/test_rules.py tests/test_checkpoint.py tests/adapter tests/manifolds \
-	tests/optimizers tests/properties
+	tests/properties tests/optimizers --ignore tests/optimizers/test_sharded.py --ignore tests/optimizers/test_optim_states.py
 
 test-oldest: $(OLDEST)/.installed  ## the eager library with the oldest torch it takes; 3 GB of packages
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" -o filterwarnings=default \
-		-p no:cacheprovider --ignore tests/optimizers/test_sharded.py -k "not compile" $(OLDEST_TESTS)
+		-p no:cacheprovider -k "not compile and not traced and not transforms_of" $(OLDEST_TESTS)
 
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import subspace_meta as sm
 from subspace_meta.optimizers.subspace import PRESETS, Adapter
@@ -78,6 +79,11 @@ def lively_weights(
         + sizes.get(name, size) * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)
         for name, value in weights.items()
     }
+
+
+def leaves_of(tree) -> list:
+    """Return the leaves of a tree; the oldest torch has no name for it."""
+    return pytree.tree_flatten(tree)[0]
 
 
 def adapt_step(adapter, weights, state, layout, gradients):

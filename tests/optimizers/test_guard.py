@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from making import lively_weights, normal
+from making import leaves_of, lively_weights, normal
 
 import subspace_meta as sm
 from subspace_meta.adapter.base import BaseAdapter
@@ -49,7 +49,7 @@ def test_a_run_whose_loss_falls_is_left_alone():
             params, state = o.update(grads, state, params, value)
         ends.append(params)
     assert float(state.guard.trust) == 0.0
-    assert all(torch.allclose(ends[0][k], ends[1][k], rtol=0, atol=1e-12) for k in start)
+    assert all(torch.allclose(ends[0][k], ends[1][k], rtol=0, atol=1e-10) for k in start)
     assert float(loss(start)) - float(loss(ends[1])) > 1.0, "nothing was optimized"
 
 
@@ -147,7 +147,7 @@ def test_a_spoiled_step_is_not_taken(spoiled, method):
             state = o.update_(grads, state, params, value)
         moved = max(float((params[k] - before[k]).abs().max()) for k in params)
         assert moved == 0 if t == 10 else moved > 1e-9
-    leaves = torch.utils._pytree.tree_leaves(state)
+    leaves = leaves_of(state)
     assert all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
     assert float(loss(params)) < float(loss(start))
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from making import lively_weights, normal, start
+from making import leaves_of, lively_weights, normal, start
 from subspace_kernels import native
-from torch.utils import _pytree as pytree
 
 import subspace_meta as sm
 
@@ -29,9 +28,7 @@ def test_the_step_in_place_is_the_pure_step(preset, dtype):
         params, state = optimizer.update(grads, state, params)
         own_state = optimizer.update_(grads, own_state, own)
         assert all(torch.equal(grads[name], kept[name]) for name in grads)
-        for mine, expected in zip(
-            pytree.tree_leaves((own, own_state)), pytree.tree_leaves((params, state)), strict=True
-        ):
+        for mine, expected in zip(leaves_of((own, own_state)), leaves_of((params, state)), strict=True):
             assert torch.equal(mine, expected)
     assert addresses == {name: value.data_ptr() for name, value in own.items()}
     assert max(geometry.violation(own).values()) < (1e-5 if dtype == torch.float32 else 1e-12)

@@ -9,6 +9,7 @@ from making import (
     ORTHONORMAL_OPTIMIZERS,
     PARAMETER_FREE_OPTIMIZERS,
     largest_difference,
+    leaves_of,
     lively_weights,
     make_optimizer,
     normal,
@@ -40,7 +41,7 @@ def gradients(params, seed=0):
 
 def dtypes(tree):
     """Return the dtypes of all numbers but counters."""
-    return {value.dtype for value in pytree.tree_leaves(tree)} - {torch.int64}
+    return {value.dtype for value in leaves_of(tree)} - {torch.int64}
 
 
 def prepared(name, dtype=torch.float64, steps=2):
@@ -60,7 +61,7 @@ def test_inputs_are_unchanged(name):
     inputs = (grads, state, params, getattr(optimizer, "weights", {}))
     before = pytree.tree_map(torch.clone, inputs)
     results = optimizer.update(grads, state, params, LOSS)
-    for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(inputs), strict=True):
+    for a, b in zip(leaves_of(before), leaves_of(inputs), strict=True):
         assert torch.equal(a, b)
     assert largest_difference(optimizer.update(grads, state, params, LOSS)[0], results[0]) == 0.0
 
@@ -71,7 +72,7 @@ def test_types_are_kept(name):
         optimizer, params, state = prepared(name, dtype, steps=1)
         moved, state2 = optimizer.update(gradients(params), state, params, LOSS)
         assert dtypes((moved, state2)) == {dtype}
-        for a, b in zip(pytree.tree_leaves(state), pytree.tree_leaves(state2), strict=True):
+        for a, b in zip(leaves_of(state), leaves_of(state2), strict=True):
             assert a.shape == b.shape
 
 
