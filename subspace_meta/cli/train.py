@@ -27,7 +27,7 @@ from subspace_meta.evaluation.protocol import TIE
 from subspace_meta.evaluation.report import LEARNED, Results, environment, evaluate_suite
 from subspace_meta.meta.cost import available_bytes
 from subspace_meta.meta.distributed import Processes
-from subspace_meta.meta.trainer import Trainer
+from subspace_meta.meta.trainer import Trainer, climbing
 from subspace_meta.optimizers.subspace import PRESETS, Adapter, SubspaceOptimizer
 from subspace_meta.presets import RUN_PRESETS, RunPreset
 from subspace_meta.weights import RELEASES, located
@@ -179,6 +179,8 @@ def train_command(
         console.print(f"stopped after {trainer.outer_step} outer steps; train --name {folder.name} --resume goes on")
         return
     trained_for = time.perf_counter() - began
+    if (said := climbing(records)) is not None:
+        console.print(said)
     adapter = PRESETS[optimizer]
     notes = {
         "run_preset": preset,

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from subspace_meta.tasks.base import Data, TaskFamily, describe
 from subspace_meta.tasks.placement import moved, on_device
 
 LOSS_FLOOR = 1e-7
+CLIMBED = 1e3  # by this factor the norms of meta-gradients grow where inner loops become chaotic
 MOST_SKIPPED = 20  # in a row: then something is wrong that waiting does not mend
 
 
@@ -571,6 +573,34 @@ class Trainer:
                 for s in settings.streams
             ],
         }
+
+
+def climbing(figures: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a sentence where the meta-gradients of a run have climbed, ``None`` where they have not.
+
+    Compared are the medians of the norms in the first and in the last third of a family's outer steps, of which there
+    have to be nine: families differ by decades among themselves.
+
+    Args:
+        figures: what :meth:`Trainer.step` returned, in order.
+    """
+    norms: dict[str, list[float]] = {}
+    for one in figures:
+        norm = float(one["gradient_norm"])
+        norms.setdefault(one["family"], []).append(math.inf if math.isnan(norm) else norm)
+    worst, climbed = "", CLIMBED
+    for family, found in norms.items():
+        third = len(found) // 3
+        if third >= 3:
+            first, last = statistics.median(found[:third]), statistics.median(found[-third:])
+            if last > climbed * first:
+                worst, climbed = f"{family}: from {first:.1e} to {last:.1e}", last / max(first, 1e-30)
+    if not worst:
+        return None
+    return (
+        f"meta-gradients climb ({worst}): derivatives through so many steps say little there; a lower outer learning "
+        "rate, shorter segments or fewer of its inner steps keep them small"
+    )
 
 
 def _restored(tree: Any, tensors: Mapping[str, Tensor], prefix: str) -> Any:

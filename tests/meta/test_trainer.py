@@ -21,6 +21,7 @@ from subspace_meta.meta.trainer import (
     Trainer,
     TrainingError,
     TrainSettings,
+    climbing,
     relative_log_loss,
 )
 from subspace_meta.tasks import SyntheticPCA
@@ -167,6 +168,20 @@ def test_the_outer_loss() -> None:
     values = relative_log_loss(objectives, torch.tensor([11.0, 2.0]), torch.tensor([1.0, 1.0]))
     assert values[0].tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
     assert values[1].tolist() == pytest.approx([math.log(LOSS_FLOOR), math.log(0.5)], abs=1e-5)
+
+
+def test_meta_gradients_that_climb_are_named() -> None:
+    """Family by family: those of one are larger than those of another all along."""
+    calm = [{"family": "calm", "gradient_norm": 1e6 * (1 + t % 3)} for t in range(12)]
+    wild = [{"family": "wild", "gradient_norm": 10.0 ** (t / 2)} for t in range(12)]
+    mixed = [one for pair in zip(calm, wild, strict=True) for one in pair]
+    assert climbing(calm) is None
+    assert climbing(wild[:6]) is None
+    said = climbing(mixed)
+    assert said is not None
+    assert said.startswith("meta-gradients climb (wild: from 6.6e+00 to 6.6e+04)")
+    assert "calm" not in said
+    assert climbing([{**one, "gradient_norm": math.nan if t > 8 else 1.0} for t, one in enumerate(calm)]) is not None
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
