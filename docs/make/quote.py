@@ -191,7 +191,6 @@ def pieces(kept: Described) -> dict[str, str]:
         "summary-short": summary(kept, ("real data",)),
         "untuned": shares(base["all"], "no_worse_than_untuned"),
         "told": shares(base["all"], "no_worse_told"),
-        "averages": shares(kept[AVERAGES]["all"]),
         "steps": " / ".join(map(str, COMPARED)),
         "long-told": f"{long['told']['4000']:.2f}",
         "long": f"{long['ours']['4000']:.2f}",

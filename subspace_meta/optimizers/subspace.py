@@ -90,8 +90,8 @@ class SubspaceOptimizer:
             for the loss at the end. May be changed on the way, for a run that is made longer or shorter. After the last
             of them it goes on as in that one. ``None``: as the state says, which knows nothing at the start.
         averaging: what is to be used are averages of the iterates, :meth:`averaged`, not the iterates. The optimizer
-            weights them by what it sees of the noise, and where there is some its steps may be longer. Costs a copy of
-            the parameters and a pass over them a step.
+            weights them by what it sees of the noise; the steps are the same. Costs a copy of the parameters and one
+            more retraction a step.
 
     Raises:
         ValueError: the preset is unknown, the weights are not its meta-parameters, the rate or the number of steps is

@@ -18,7 +18,7 @@ CLOSE = 0.1  # in log excess
 def by_hand(gauges, momentum, spectral=0.0, rows_and_columns=0.0):
     """Return meta-parameters of a silent network: powers of the gauges, share of the momentum, RASA's exponents."""
     weights = {name: torch.zeros(shape) for name, shape in BaseAdapter().weight_shapes().items()}
-    weights["length.gauge"] = torch.tensor([*gauges, 0.0, 0.0])  # the last ones need the number of steps, and averages
+    weights["length.gauge"] = torch.tensor([*gauges, 0.0, 0.0])  # the last ones need the number of steps, and noise
     weights["mix.bias"] += math.log(momentum / (1 - momentum)) if 0 < momentum < 1 else 40.0 * (2 * momentum - 1)
     weights["spectral.bias"] += 40.0 * (2 * spectral - 1)
     weights["scale.skip"][:, 2] = rows_and_columns

@@ -89,8 +89,7 @@ def training_runs(weights: Weights, adapter: Sight) -> Iterator[Run]:
 def suite_runs(weights: Weights, adapter: Sight) -> Iterator[Run]:
     """Yield runs on the tasks of the development suite."""
     for task in evaluation_suite():
-        rows = max(shape[-2] for shape in (group.shape for group in task.family.problem.geometry.groups))
-        if task.available and rows <= LARGEST:
+        if task.available and max(g.shape[-2] for g in task.family.problem.geometry.groups) <= LARGEST:
             yield run(task.family, weights, adapter, 0, 1_000_003)
 
 
